@@ -1,0 +1,1 @@
+"""opus_jax: train language models on the data that moves them most."""

@@ -1,0 +1,397 @@
+"""Configuration: frozen dataclasses, read from YAML with dotted overrides.
+
+Every key is documented beside its default. An unknown key, a wrong type or an impossible value is a
+`ConfigError` that names the key, the value and what is allowed; it is raised before anything is compiled.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from opus_jax.errors import ConfigError, UserError
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: Optional[str] = None  # run folder; null = runs/<config file name>
+    seed: int = 0  # initial weights, candidate order, selection noise
+    steps: int = 300  # optimizer updates
+    eval_every: int = 100  # steps between evaluations; the last step is always evaluated
+    save_every: int = 100  # steps between checkpoints; the last step is always saved
+    log_every: int = 1  # steps between lines of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    name: str = "python-env"  # python-env | debian | local | hf
+    path: Optional[str] = None  # local: file or folder; hf: dataset name
+    domain_by: str = "folder"  # local: folder | file | field
+    domain_field: str = "domain"  # local, hf: record field that names the domain when domain_by = field
+    text_field: str = "text"  # local, hf: record field that holds the text
+    revision: Optional[str] = None  # hf: the pinned revision (required)
+    domains: Optional[list[str]] = None  # keep only these; null = all
+    weights: dict[str, float] = field(default_factory=dict)  # share of candidates by domain; empty = by rows
+    noise: dict[str, str] = field(default_factory=dict)  # domain -> transform:share, for example web: shuffle:0.5
+    row_tokens: int = 256  # tokens in a candidate row
+    max_bytes: Optional[int] = None  # cap on each domain's UTF-8 bytes; null = all
+    validation_share: float = 0.05  # of documents, by hash
+    proxy_share: float = 0.05  # of documents, by hash
+    strict: bool = False  # a malformed line is an error instead of a count
+    workers: Optional[int] = None  # processes that tokenize; null = one per core
+    cache_dir: Optional[str] = None  # null = $OPUS_JAX_CACHE or ~/.cache/opus_jax
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    kind: str = "sentencepiece"  # sentencepiece | byte
+    path: Optional[str] = None  # a trained .model; null = train on the corpus
+    vocab_size: int = 2048  # of a tokenizer trained here
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    preset: Optional[str] = None  # a name from models/presets.py; the keys below override it when not null
+    norm: Optional[str] = None  # prenorm | prenorm_qk | simplenorm
+    norm_kind: Optional[str] = None  # rmsnorm | layernorm
+    qk_norm_axis: Optional[str] = None  # full | head: width over which queries and keys are normalised
+    norm_eps: Optional[float] = None
+    layers: Optional[int] = None
+    width: Optional[int] = None
+    hidden: Optional[int] = None  # width of the MLP
+    heads: Optional[int] = None
+    kv_heads: Optional[int] = None  # fewer than heads = grouped-query attention
+    head_dim: Optional[int] = None  # null = width / heads
+    vocab_size: Optional[int] = None  # null = the tokenizer's
+    activation: Optional[str] = None  # gelu | swiglu
+    positions: Optional[str] = None  # rope | learned
+    rope_theta: Optional[float] = None
+    max_length: Optional[int] = None  # learned positions: their number; null = corpus.row_tokens
+    tied: Optional[bool] = None  # head shares the embedding
+    bias: Optional[bool] = None  # linear maps have a bias
+    init: str = "fan_in"  # fan_in | official (0.02, depth-scaled)
+    remat: str = "none"  # none | full | dots: what the backward pass recomputes
+    dtype: Optional[str] = None  # compute type; null = bfloat16 on accelerators, float32 on CPU
+    init_from: Optional[str] = None  # a run folder whose newest checkpoint gives the first weights
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: str = "adamw"  # adamw | muon
+    learning_rate: float = 3e-3
+    adam_learning_rate: Optional[float] = None  # muon: rate of the leaves Muon leaves to AdamW; null = learning_rate
+    schedule: str = "cosine"  # constant | cosine | linear | wsd
+    warmup_steps: int = 20
+    decay_share: float = 0.2  # wsd: share of the steps spent decaying
+    final_share: float = 0.1  # last rate / peak rate
+    weight_decay: float = 0.1
+    decay_all: bool = False  # also decay gains, biases and norms (the official SimpleGPT setting)
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.95  # muon
+    clip: Optional[float] = 1.0  # global gradient norm; null = off
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    rows: int = 16  # K, rows of one update over all devices
+    microbatch: Optional[int] = None  # rows per gradient accumulation step; null = all at once
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    method: str = "opus"  # opus | high_loss | random | none
+    ratio: float = 0.5  # K / N: share of the candidate buffer that is trained on
+    temperature: float = 0.5  # on z-scores; 0 = top-k, .inf = random
+    engine: str = "directional"  # directional | per_example
+    direction: str = "vjp"  # vjp | adamw_frozen | muon_frozen | identity
+    window: Optional[int] = None  # score only the first tokens of a row; null = the whole row
+    score_chunk: Optional[int] = None  # candidates scored at once; null = all
+    warm_start_steps: int = 20  # first steps choose at random
+    audit_every: int = 100  # steps between checks against exact per-example gradients; 0 = off
+    audit_rows: int = 8  # candidates in one check
+
+
+@dataclass(frozen=True)
+class ProxyConfig:
+    source: str = "heldout"  # heldout (the proxy split of proxy.domains) | files (proxy.path)
+    domains: list[str] = field(default_factory=list)  # empty = every domain (heldout)
+    path: Optional[str] = None  # files: text, JSONL or Parquet
+    rows: int = 16  # proxy rows per refresh
+    refresh: int = 1  # steps between fresh proxy gradients
+    ema: float = 0.0  # weight of the past in the proxy gradient; 0 = the fresh one only
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    rows: int = 64  # validation rows per domain, at most
+    batch_rows: int = 32
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    replica: int = 1
+    data: int = -1  # -1 = all remaining devices
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    keep: int = 2  # newest checkpoints kept
+    best: bool = True  # also keep the one with the lowest target bits per byte
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    tensorboard: bool = True
+    wandb: Optional[str] = None  # project name; needs the package wandb
+    trackio: Optional[str] = None  # project name; needs the package trackio
+    selection_log: bool = True  # write selection/*.parquet
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    texts: bool = True  # show the highest- and lowest-utility texts
+    examples: int = 8  # of each
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    proxy: ProxyConfig = field(default_factory=ProxyConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @staticmethod
+    def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> "Config":
+        """Read a YAML file, or the config.yaml of a run folder, and apply `key.sub=value` overrides.
+
+        Raises:
+          ConfigError: a key is unknown, of the wrong type, or of an impossible value.
+          UserError: the file is absent or is not YAML.
+        """
+        path = Path(path)
+        file = path / "config.yaml" if path.is_dir() else path
+        if not file.is_file():
+            raise UserError(f"no configuration at {file}: give a YAML file (see configs/) or a run folder")
+        config = from_mapping(_read_yaml(file), overrides)
+        if config.run.dir is None:
+            name = path.name if path.is_dir() else path.stem
+            config = replace(config, run=replace(config.run, dir=str(Path("runs") / name)))
+        return config
+
+    def to_mapping(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def save(self, file: str | Path) -> None:
+        Path(file).write_text(OmegaConf.to_yaml(OmegaConf.create(self.to_mapping())))
+
+    @property
+    def candidates(self) -> int:
+        """N: rows in the candidate buffer of one step. Method `none` trains on every row it reads."""
+        if self.selection.method == "none":
+            return self.batch.rows
+        return round(self.batch.rows / self.selection.ratio)
+
+
+replace = dataclasses.replace
+
+
+def from_mapping(mapping: dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Build a checked Config from nested dictionaries and dotted overrides."""
+    schema = OmegaConf.structured(Config)
+    _unlock(schema)
+    for item in overrides:
+        if "=" not in item:
+            raise UserError(f"override {item!r} is not of the form key.sub=value")
+    layers = [OmegaConf.create(mapping), OmegaConf.from_dotlist(list(overrides))]
+    for layer in layers:
+        _reject_unknown(OmegaConf.to_container(layer), Config, "")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(schema, *layers))  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise _typed_error(error) from None
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """Dotted names of the keys whose values differ; where the run folder lies is not a difference."""
+    before, after = _flatten(old.to_mapping()), _flatten(new.to_mapping())
+    keys = sorted(before.keys() | after.keys())
+    return [key for key in keys if key != "run.dir" and before.get(key) != after.get(key)]
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short stable hash of plain values or dataclasses."""
+    plain = [dataclasses.asdict(p) if dataclasses.is_dataclass(p) and not isinstance(p, type) else p for p in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(file))
+    except Exception as error:  # the YAML reader has many error classes
+        raise UserError(f"{file} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{file} must hold a mapping of sections ({', '.join(_names(Config))})")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _unlock(node: Any) -> None:
+    """Frozen dataclasses give read-only nodes; merging needs them writable."""
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        if OmegaConf.is_config(node[key]):
+            _unlock(node[key])
+
+
+def _names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _reject_unknown(mapping: Any, cls: type, prefix: str) -> None:
+    if not isinstance(mapping, dict):
+        raise ConfigError(prefix.rstrip(".") or "(file)", mapping, f"must be a section with keys {', '.join(_names(cls))}")
+    sections = {f.name: f.default_factory for f in dataclasses.fields(cls)}
+    for key, value in mapping.items():
+        if key not in sections:
+            close = difflib.get_close_matches(str(key), sections, n=1, cutoff=0.0)[0]
+            raise ConfigError(prefix + str(key), value, f"unknown key; the nearest is {prefix}{close}")
+        if dataclasses.is_dataclass(sections[key]):
+            _reject_unknown(value, sections[key], f"{prefix}{key}.")  # type: ignore[arg-type]
+
+
+def _typed_error(error: OmegaConfBaseException) -> UserError:
+    key = getattr(error, "full_key", None) or "(unknown)"
+    first = str(error).splitlines()[0]
+    return UserError(f"config key {key}: {first}")
+
+
+def _flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+# --------------------------------------------------------------------------------------------- checking
+
+_CHOICES = {
+    "corpus.name": ("python-env", "debian", "local", "hf"),
+    "corpus.domain_by": ("folder", "file", "field"),
+    "tokenizer.kind": ("sentencepiece", "byte"),
+    "model.norm": ("prenorm", "prenorm_qk", "simplenorm", None),
+    "model.norm_kind": ("rmsnorm", "layernorm", None),
+    "model.qk_norm_axis": ("full", "head", None),
+    "model.activation": ("gelu", "swiglu", None),
+    "model.positions": ("rope", "learned", None),
+    "model.init": ("fan_in", "official"),
+    "model.remat": ("none", "full", "dots"),
+    "model.dtype": ("float32", "bfloat16", None),
+    "optimizer.name": ("adamw", "muon"),
+    "optimizer.schedule": ("constant", "cosine", "linear", "wsd"),
+    "selection.method": ("opus", "high_loss", "random", "none"),
+    "selection.engine": ("directional", "per_example"),
+    "selection.direction": ("vjp", "adamw_frozen", "muon_frozen", "identity"),
+    "proxy.source": ("heldout", "files"),
+}
+
+_AT_LEAST = {
+    "run.seed": 0, "run.steps": 1, "run.eval_every": 1, "run.save_every": 1, "run.log_every": 1,
+    "corpus.row_tokens": 8, "corpus.max_bytes": 1, "corpus.workers": 1,
+    "tokenizer.vocab_size": 260,
+    "model.layers": 1, "model.width": 1, "model.hidden": 1, "model.heads": 1, "model.kv_heads": 1,
+    "model.head_dim": 1, "model.vocab_size": 2, "model.max_length": 1,
+    "optimizer.learning_rate": 0.0, "optimizer.adam_learning_rate": 0.0, "optimizer.warmup_steps": 0,
+    "optimizer.weight_decay": 0.0,
+    "batch.rows": 1, "batch.microbatch": 1,
+    "selection.temperature": 0.0, "selection.window": 2, "selection.score_chunk": 1,
+    "selection.warm_start_steps": 0, "selection.audit_every": 0, "selection.audit_rows": 3,
+    "proxy.rows": 1, "proxy.refresh": 1, "evaluation.rows": 1, "evaluation.batch_rows": 1,
+    "mesh.replica": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "checkpoint.keep": 1, "report.examples": 1,
+}  # fmt: skip
+
+_POSITIVE = ("model.norm_eps", "model.rope_theta", "optimizer.eps", "optimizer.clip")
+_SHARE_BELOW_1 = ("optimizer.beta1", "optimizer.beta2", "optimizer.momentum", "proxy.ema")
+_SHARE = ("optimizer.decay_share", "optimizer.final_share")
+
+
+def _check(config: Config) -> None:
+    for key, allowed in _CHOICES.items():
+        names = [str(a) if a is not None else "null" for a in allowed]
+        _require(config, key, lambda x, ok=allowed: x in ok, f"must be one of {', '.join(names)}")
+    for key, least in _AT_LEAST.items():
+        _require(config, key, lambda x, low=least: x is None or x >= low, f"must be at least {least}")
+    for key in _POSITIVE:
+        _require(config, key, lambda x: x is None or x > 0, "must be above 0")
+    for key in _SHARE_BELOW_1:
+        _require(config, key, lambda x: 0 <= x < 1, "must be at least 0 and below 1")
+    for key in _SHARE:
+        _require(config, key, lambda x: 0 <= x <= 1, "must lie between 0 and 1")
+    _require(config, "selection.ratio", lambda x: 0 < x <= 1, "must be above 0 and at most 1")
+    _require(config, "mesh.data", lambda x: x >= 1 or x == -1, "must be at least 1, or -1 for all remaining devices")
+    for key in ("corpus.validation_share", "corpus.proxy_share"):
+        _require(config, key, lambda x: 0 < x < 0.5, "must be above 0 and below 0.5")
+    _check_corpus(config)
+    _check_batch(config)
+
+
+def _check_corpus(config: Config) -> None:
+    corpus = config.corpus
+    if corpus.name in ("local", "hf") and not corpus.path:
+        raise ConfigError("corpus.path", corpus.path, f"corpus.name = {corpus.name} needs a path")
+    if corpus.name == "hf" and not corpus.revision:
+        raise ConfigError("corpus.revision", corpus.revision, "corpus.name = hf needs a pinned revision (a commit hash)")
+    for domain, weight in corpus.weights.items():
+        if weight < 0:
+            raise ConfigError(f"corpus.weights.{domain}", weight, "must be at least 0")
+    if corpus.weights and not any(corpus.weights.values()):
+        raise ConfigError("corpus.weights", corpus.weights, "at least one weight must be above 0")
+    if config.proxy.source == "files" and not config.proxy.path:
+        raise ConfigError("proxy.path", None, "proxy.source = files needs a file or folder")
+
+
+def _check_batch(config: Config) -> None:
+    rows, micro, candidates = config.batch.rows, config.batch.microbatch, config.candidates
+    if micro is not None and rows % micro:
+        raise ConfigError("batch.microbatch", micro, f"must divide batch.rows = {rows}")
+    chunk = config.selection.score_chunk
+    if chunk is not None and candidates % chunk:
+        raise ConfigError("selection.score_chunk", chunk, f"must divide the {candidates} candidates (batch.rows / selection.ratio)")
+    window = config.selection.window
+    if window is not None and window > config.corpus.row_tokens:
+        raise ConfigError("selection.window", window, f"must be at most corpus.row_tokens = {config.corpus.row_tokens}")
+    if config.selection.audit_every and config.selection.audit_rows > candidates:
+        raise ConfigError("selection.audit_rows", config.selection.audit_rows, f"must be at most the {candidates} candidates")
+
+
+def _require(config: Config, key: str, holds: Any, allowed: str) -> None:
+    section, name = key.split(".")
+    value = getattr(getattr(config, section), name)
+    if not holds(value):
+        raise ConfigError(key, value, allowed)

@@ -1,0 +1,23 @@
+"""The errors that a user can cause, and how a command ends when one happens."""
+
+
+class UserError(Exception):
+    """Something the user can put right: the command prints it on one line and exits with 2.
+
+    The message says what is wrong, where, what is allowed, and what to do.
+    """
+
+
+class ConfigError(UserError):
+    """A configuration key that is unknown, of the wrong type, or of an impossible value."""
+
+    def __init__(self, key: str, value: object, allowed: str):
+        super().__init__(f"config key {key} = {value!r}: {allowed}")
+        self.key = key
+
+
+class MissingExtraError(UserError):
+    """A feature whose optional package is not installed."""
+
+    def __init__(self, feature: str, package: str, extra: str):
+        super().__init__(f'{feature} needs the package {package!r}: pip install "opus-jax[{extra}]"')
