@@ -380,6 +380,8 @@ def _check_batch(config: Config) -> None:
     rows, micro, candidates = config.batch.rows, config.batch.microbatch, config.candidates
     if micro is not None and rows % micro:
         raise ConfigError("batch.microbatch", micro, f"must divide batch.rows = {rows}")
+    if micro is not None and config.proxy.rows > micro and config.proxy.rows % micro:
+        raise ConfigError("batch.microbatch", micro, f"must divide proxy.rows = {config.proxy.rows} or be at least that")
     chunk = config.selection.score_chunk
     if chunk is not None and candidates % chunk:
         raise ConfigError("selection.score_chunk", chunk, f"must divide the {candidates} candidates (batch.rows / selection.ratio)")
