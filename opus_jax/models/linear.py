@@ -1,0 +1,82 @@
+"""The linear maps of a block: a plain one, and SimpleNorm's, which is normalised after the map."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from opus_jax.models.norms import normalise
+from opus_jax.models.presets import ModelSpec
+
+
+class Linear(nnx.Module):
+    """y = x W + b: a plain dot in the type of x, so that forward mode passes through it."""
+
+    def __init__(self, kernel: Float[Array, "D F"], logical: tuple[str, str], *, bias: bool):
+        self.kernel = nnx.Param(kernel, logical=logical)
+        self.bias = nnx.Param(jnp.zeros(kernel.shape[1]), logical=logical[1:]) if bias else None
+
+    def __call__(
+        self, x: Float[Array, "*rows D"], tap: Float[Array, "*rows F"] | None = None
+    ) -> Float[Array, "*rows F"]:
+        """`tap`, a zero array added to the product, receives the product's cotangent when differentiated."""
+        y = jnp.dot(x, self.kernel[...].astype(x.dtype))
+        if tap is not None:
+            y = y + tap
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        return y
+
+
+class SimpleNormLinear(Linear):
+    """y = gain * normalise(x W), invariant to the scale of W and of x (SimpleNorm, arXiv 2602.01212).
+
+    `groups` > 1 normalises equal slices of the output, one per attention head, each by itself; the gain always has
+    the output's width. W must not be zero: the gradient in W grows like 1 / sqrt(mean((x W)^2) + eps).
+    """
+
+    def __init__(
+        self, kernel: Float[Array, "D F"], logical: tuple[str, str], *, kind: str, eps: float, groups: int = 1
+    ):
+        super().__init__(kernel, logical, bias=False)
+        self.kind, self.eps, self.groups = kind, eps, groups
+        self.gain = nnx.Param(jnp.ones(kernel.shape[1]), logical=logical[1:])
+
+    def __call__(
+        self, x: Float[Array, "*rows D"], tap: Float[Array, "*rows F"] | None = None
+    ) -> Float[Array, "*rows F"]:
+        z = super().__call__(x, tap)
+        slices = z.reshape(*z.shape[:-1], self.groups, z.shape[-1] // self.groups)
+        unit = normalise(slices, self.kind, self.eps).reshape(z.shape)
+        return (unit * self.gain[...]).astype(x.dtype)
+
+
+def block_map(
+    spec: ModelSpec,
+    rngs: nnx.Rngs,
+    shape: tuple[int, int],
+    logical: tuple[str, str],
+    std: jax.Array | float,
+    groups: int = 1,
+) -> Linear:
+    """A linear map of a block, normal with standard deviation `std`; `groups` is the slices SimpleNorm norms apart."""
+    kernel = std * jax.random.normal(rngs.params(), shape)
+    if spec.norm == "simplenorm":
+        return SimpleNormLinear(kernel, logical, kind=spec.norm_kind, eps=spec.norm_eps, groups=groups)
+    return Linear(kernel, logical, bias=spec.bias)
+
+
+def input_std(spec: ModelSpec, fan_in: int) -> float:
+    """Maps that read the residual stream: fan_in^-1/2, or 0.02 (official)."""
+    return 0.02 if spec.init == "official" else fan_in**-0.5
+
+
+def output_std(spec: ModelSpec, fan_in: int, depth: Float[Array, ""] | float) -> Float[Array, ""] | float:
+    """Maps that write to it: (2 L fan_in)^-1/2, or 0.02 (2 (depth + 1))^-1/2 (official), depth = 0 for the first block."""
+    if spec.init == "official":
+        return official_depth_std(depth)
+    return (2 * spec.layers * fan_in) ** -0.5
+
+
+def official_depth_std(depth: Float[Array, ""] | float) -> Float[Array, ""] | float:
+    return 0.02 * (2 * (depth + 1)) ** -0.5

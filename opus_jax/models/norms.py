@@ -1,0 +1,32 @@
+"""RMSNorm and LayerNorm: statistics in float32, gains in float32."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def normalise(x: Float[Array, "*rows D"], kind: str, eps: float) -> Float[Array, "*rows D"]:
+    """Unit root mean square over the last axis, in float32: (x - m) / sqrt(mean((x - m)^2) + eps).
+
+    m is the mean for `layernorm` and 0 for `rmsnorm`. eps is inside the root, so an all-zero row stays zero.
+    """
+    x = x.astype(jnp.float32)
+    if kind == "layernorm":
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+class Norm(nnx.Module):
+    """A norm with a learned gain, and a learned bias for a LayerNorm that has one."""
+
+    def __init__(self, width: int, kind: str, eps: float, *, bias: bool, logical: str | None = "embed"):
+        self.kind, self.eps = kind, eps
+        self.gain = nnx.Param(jnp.ones(width), logical=(logical,))
+        self.bias = nnx.Param(jnp.zeros(width), logical=(logical,)) if bias and kind == "layernorm" else None
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        y = normalise(x, self.kind, self.eps) * self.gain[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y.astype(x.dtype)
