@@ -1,0 +1,68 @@
+"""The paper's frozen preconditioners P, read from the optimizer state; kept for comparison with the exact derivative.
+
+Both contain the learning rate once, leave out clipping, and are symmetric, so P^T g = P g.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+from optax import contrib
+
+from opus_jax.optim.moments import find_states, muon_momentum, second_moments
+from opus_jax.optim.optimizers import EPS_ROOT, Optimizer, muon_scale
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of one step a X + b (X X^T) X + c (X X^T)^2 X
+NO_MOMENTUM = 1e-7  # Frobenius norm of a momentum matrix below which S is the identity
+
+
+def frozen_product(
+    optimizer: Optimizer, opt_state: Any, params: PyTree[Array], gradient: PyTree[Float[Array, "..."]]
+) -> PyTree[Float[Array, "..."]]:
+    """P times a gradient: AdamW's diagonal where Adam holds the parameter, Muon's frozen S where Muon does.
+
+    AdamW (arXiv 2602.05400 eq. 12-13): P = rate (1 - b1) / (1 - b1^t) Diag(1 / (sqrt(nu_hat) + eps)), nu_hat of step
+    t - 1. Muon (eq. 5-7): P Z = rate (1 - mu^2) scale Z S, one Newton-Schulz step S = a I + b A + c A^2 with
+    A = q^T q, q the momentum [in, out] over its Frobenius norm. The kernels here are the transposes of the paper's.
+
+    Args:
+      optimizer: made by `make_optimizer`.
+      opt_state: its state before step t.
+      params: the parameters.
+      gradient: tree like the parameters.
+    """
+    nu = second_moments(opt_state, params, optimizer.config.beta2)
+    momentum = muon_momentum(opt_state, params)
+    by_diagonal, by_matrix = _diagonal(optimizer, opt_state), _matrix(optimizer, opt_state)
+
+    def product(g: Array, nu: Array | None, q: Array | None) -> Array:
+        return by_diagonal(g, nu) if nu is not None else by_matrix(g, q)
+
+    return jax.tree.map(product, gradient, nu, momentum)
+
+
+def _diagonal(optimizer: Optimizer, opt_state: Any) -> Callable[[Array, Array], Array]:
+    config, count = optimizer.config, find_states(opt_state, optax.ScaleByAdamState)[0].count
+    weight = (1 - config.beta1) / (1 - jnp.asarray(config.beta1, jnp.float32) ** (count + 1))
+    factor = optimizer.rates["adam"](count) * weight
+    return lambda g, nu: (factor * g / (jnp.sqrt(nu + EPS_ROOT) + config.eps)).astype(g.dtype)
+
+
+def _matrix(optimizer: Optimizer, opt_state: Any) -> Callable[[Array, Array], Array]:
+    states = find_states(opt_state, contrib.MuonState)
+    if not states:
+        return lambda g, q: g
+    factor = optimizer.rates["muon"](states[0].count) * (1 - optimizer.config.momentum**2)
+    return lambda g, q: (factor * muon_scale(g.shape) * g @ _one_step(q)).astype(g.dtype)
+
+
+def _one_step(momentum: Float[Array, "L in out"]) -> Float[Array, "L out out"]:
+    a, b, c = NEWTON_SCHULZ
+    norm = jnp.linalg.norm(momentum, axis=(-2, -1), keepdims=True)
+    q = momentum / jnp.maximum(norm, NO_MOMENTUM)
+    gram = q.swapaxes(-2, -1) @ q
+    identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    return jnp.where(norm < NO_MOMENTUM, identity, a * identity + b * gram + c * gram @ gram)

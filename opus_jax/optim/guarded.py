@@ -1,0 +1,61 @@
+"""Optax steps whose derivative exists at zero, with the state of the originals.
+
+The originals divide by a norm; its derivative at zero is infinite, and one such leaf turns a whole direction into NaN.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, PyTree
+from optax import contrib
+
+TINY = 1e-30  # squared norm below which a matrix counts as zero
+
+
+def clip_by_global_norm_guarded(limit: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm`, differentiable at a zero gradient."""
+
+    def clip(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        square = sum(jnp.sum(jnp.square(u)) for u in jax.tree.leaves(updates))
+        norm = jnp.sqrt(square + TINY)
+        factor = jnp.where(norm < limit, 1.0, limit / jnp.maximum(norm, limit))
+        return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
+
+    return optax.stateless(clip)
+
+
+def scale_by_muon_guarded(
+    *, beta: float, mu_dtype: Any, weight_dimension_numbers: Callable[[PyTree[Any]], PyTree[Any]]
+) -> optax.GradientTransformation:
+    """`optax.contrib.scale_by_muon` (Nesterov) whose derivative at a zero matrix is zero.
+
+    Newton-Schulz is scale-invariant: at zero its derivative is unbounded in every direction, so no finite value there
+    says anything about a finite gradient. Matrices are [L, in, out].
+    """
+    original = contrib.scale_by_muon(beta=beta, mu_dtype=mu_dtype, weight_dimension_numbers=weight_dimension_numbers)
+    # Without momentum the original only orthogonalises what it is given.
+    orthogonalize = contrib.scale_by_muon(
+        beta=0.0, nesterov=False, mu_dtype=mu_dtype, weight_dimension_numbers=weight_dimension_numbers
+    )
+
+    def update(
+        updates: optax.Updates, state: contrib.MuonState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, contrib.MuonState]:
+        _, new_state = original.update(updates, state, params)
+        count = new_state.count
+        ahead = optax.tree.bias_correction(new_state.mu, beta, count + 1)
+        fresh = optax.tree.bias_correction(updates, beta, count)
+        momentum = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, fresh)
+        zero = jax.tree.map(_is_zero, momentum)
+        safe = jax.tree.map(lambda m, z: jnp.where(z, 1.0, m), momentum, zero)
+        steps, _ = orthogonalize.update(safe, state, params)
+        return jax.tree.map(lambda o, z: jnp.where(z, 0.0, o), steps, zero), new_state
+
+    return optax.GradientTransformation(original.init, update)
+
+
+def _is_zero(matrices: Float[Array, "L in out"]) -> Bool[Array, "L 1 1"]:
+    return jnp.sum(jnp.square(matrices), axis=(-2, -1), keepdims=True) <= TINY

@@ -1,0 +1,168 @@
+"""AdamW and Muon, each with a differentiable twin through which the selection direction is taken.
+
+The twin has the same state as the optimizer that trains, so it can be applied to that state at any step. It differs
+only where the derivative of the real update does not exist or says nothing: see `Optimizer`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+from optax import contrib
+
+from opus_jax.config import OptimizerConfig
+from opus_jax.errors import ConfigError, UserError
+from opus_jax.optim.guarded import clip_by_global_norm_guarded, scale_by_muon_guarded
+from opus_jax.optim.labels import decay_mask, group_labels
+from opus_jax.optim.schedules import peak_share
+
+EPS_ROOT = 1e-12  # inside the twin's square root: a never-seen row weighs 1e6 times its gradient, not 1e8 or NaN
+MUON_RMS = 0.2  # Muon's update has this root mean square times the rate, as AdamW's does (arXiv 2502.16982)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What trains, and the twin that is differentiated.
+
+    Attributes:
+      transform: the optax transformation that trains.
+      twin: same state structure, nearly the same update, differentiable everywhere: eps_root > 0 (Adam's square root
+        at a never-seen row), clipping and Newton-Schulz guarded at zero, and unit rate where the rate is 0.
+      schedule: learning rate after a number of updates.
+      rates: the twin's rate of each group, 'muon' and 'adam'.
+      config: the settings it was made from.
+    """
+
+    transform: optax.GradientTransformation
+    twin: optax.GradientTransformation
+    schedule: optax.Schedule
+    rates: Mapping[str, optax.Schedule]
+    config: OptimizerConfig
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, params_like: PyTree[Any]) -> Optimizer:
+    """Build the configured optimizer.
+
+    Args:
+      config: `name` adamw or muon, rates, decay, clipping.
+      steps: updates in the whole run.
+      params_like: parameters, or their shapes and types. Muon takes the leaves called 'kernel' of rank 3 under
+        'blocks', [L, in, out], each layer by itself; everything else is AdamW's.
+
+    Raises:
+      ConfigError: `name` is unknown, or Muon finds no stacked block matrix.
+      UserError: parameters narrower than float32, in which second moments stall (they take the parameter's type).
+    """
+    _check_types(params_like)
+    if config.name == "muon" and "muon" not in jax.tree.leaves(group_labels(params_like)):
+        raise ConfigError("optimizer.name", "muon", "needs stacked kernels [L, in, out] under 'blocks'; use adamw")
+    rates, unit_rates = _rates(config, steps), _rates(config, steps, unit_where_zero=True)
+    core = {"adamw": _adamw, "muon": _muon}
+    if config.name not in core:
+        raise ConfigError("optimizer.name", config.name, f"must be one of {', '.join(core)}")
+    clip = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
+    guarded_clip = [] if config.clip is None else [clip_by_global_norm_guarded(config.clip)]
+    return Optimizer(
+        transform=optax.chain(*clip, core[config.name](config, rates, twin=False)),
+        twin=optax.chain(*guarded_clip, core[config.name](config, unit_rates, twin=True)),
+        schedule=rates["muon" if config.name == "muon" else "adam"],
+        rates=unit_rates,
+        config=config,
+    )
+
+
+def opt_state_logical_axes(optimizer: Optimizer, params_like: PyTree[Any], logical_axes: PyTree[Any]) -> PyTree[Any]:
+    """Logical axes of every leaf of the optimizer state: a moment's are its parameter's, a scalar's are ().
+
+    Without them `jit(init)` leaves the moments replicated on every device.
+
+    Args:
+      optimizer: any optax transformation will do as well.
+      params_like: parameters or their shapes.
+      logical_axes: tree like the parameters, with a tuple of names in place of each leaf.
+
+    Returns:
+      Tree with the structure of the optimizer state and tuples as leaves.
+    """
+    shapes = jax.tree_util.tree_flatten_with_path(params_like)[0]
+    axes = jax.tree.structure(params_like).flatten_up_to(logical_axes)
+    owner = {path: (x.shape, names) for (path, x), names in zip(shapes, axes, strict=True)}
+
+    def axes_of(path: tuple[Any, ...], leaf: Any) -> tuple[Any, ...]:
+        for start in range(len(path) + 1):  # the longest suffix that is a parameter's path
+            shape, names = owner.get(path[start:], (None, ()))
+            if shape == leaf.shape:
+                return tuple(names)
+        return ()
+
+    init = optimizer.transform.init if isinstance(optimizer, Optimizer) else optimizer.init
+    return jax.tree_util.tree_map_with_path(axes_of, jax.eval_shape(init, params_like))
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def _adamw(config: OptimizerConfig, rates: Mapping[str, optax.Schedule], *, twin: bool) -> optax.GradientTransformation:
+    return optax.adamw(
+        rates["adam"],
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        eps_root=EPS_ROOT if twin else 0.0,
+        weight_decay=config.weight_decay,
+        mu_dtype=jnp.float32,
+        mask=None if config.decay_all else decay_mask,
+    )
+
+
+def _muon(config: OptimizerConfig, rates: Mapping[str, optax.Schedule], *, twin: bool) -> optax.GradientTransformation:
+    """Muon on the stacked block matrices, plain AdamW on the rest.
+
+    Composed here rather than by `optax.contrib.muon`, whose Adam half inherits Nesterov's flag (NAdam), b2 = 0.999 and
+    a decay without a mask.
+    """
+    scale = scale_by_muon_guarded if twin else contrib.scale_by_muon
+    block_matrices = optax.chain(
+        scale(beta=config.momentum, mu_dtype=jnp.float32, weight_dimension_numbers=layer_matrices),
+        optax.stateless(lambda updates, _: jax.tree.map(lambda u: muon_scale(u.shape) * u, updates)),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(rates["muon"]),
+    )
+    return optax.partition({"muon": block_matrices, "adam": _adamw(config, rates, twin=twin)}, group_labels)
+
+
+def layer_matrices(kernels: PyTree[Any]) -> PyTree[contrib.MuonDimensionNumbers]:
+    """[L, in, out]: axis 1 is reduced, axis 2 is the output, and every layer is a matrix of its own."""
+    return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(1, 2), kernels)
+
+
+def muon_scale(shape: tuple[int, ...]) -> float:
+    """Factor on an orthogonalised [.., in, out] update that gives it a root mean square of about MUON_RMS."""
+    return MUON_RMS * max(shape[-2:]) ** 0.5
+
+
+def _rates(config: OptimizerConfig, steps: int, *, unit_where_zero: bool = False) -> Mapping[str, optax.Schedule]:
+    """Rate of each group. At rate 0 the twin uses 1 for the faster group and keeps the groups' proportion."""
+    share = peak_share(config, steps)
+    muon = config.learning_rate
+    adam = muon if config.name == "adamw" or config.adam_learning_rate is None else config.adam_learning_rate
+    peak = max(muon, adam)
+
+    def rate(group: float) -> optax.Schedule:
+        unit = group / peak if peak > 0 else 1.0
+        if not unit_where_zero:
+            return lambda step: group * share(step)
+        return lambda step: jnp.where(peak * share(step) > 0, group * share(step), unit)
+
+    return {"muon": rate(muon), "adam": rate(adam)}
+
+
+def _check_types(params_like: PyTree[Any]) -> None:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params_like)[0]:
+        if jnp.finfo(leaf.dtype).bits < 32:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(f"parameter {name} is {leaf.dtype}: keep float32 parameters and cast in the forward pass")
