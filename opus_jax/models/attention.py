@@ -6,7 +6,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from opus_jax.distributed.axes import constrain
-from opus_jax.models.linear import block_map, input_std, output_std
+from opus_jax.models.initial_scale import input_std, output_std
+from opus_jax.models.linear import block_map
 from opus_jax.models.norms import Norm
 from opus_jax.models.positions import rotate
 from opus_jax.models.presets import ModelSpec

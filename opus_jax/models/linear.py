@@ -64,19 +64,3 @@ def block_map(
     if spec.norm == "simplenorm":
         return SimpleNormLinear(kernel, logical, kind=spec.norm_kind, eps=spec.norm_eps, groups=groups)
     return Linear(kernel, logical, bias=spec.bias)
-
-
-def input_std(spec: ModelSpec, fan_in: int) -> float:
-    """Maps that read the residual stream: fan_in^-1/2, or 0.02 (official)."""
-    return 0.02 if spec.init == "official" else fan_in**-0.5
-
-
-def output_std(spec: ModelSpec, fan_in: int, depth: Float[Array, ""] | float) -> Float[Array, ""] | float:
-    """Maps that write to it: (2 L fan_in)^-1/2, or 0.02 (2 (depth + 1))^-1/2 (official), depth = 0 for the first block."""
-    if spec.init == "official":
-        return official_depth_std(depth)
-    return (2 * spec.layers * fan_in) ** -0.5
-
-
-def official_depth_std(depth: Float[Array, ""] | float) -> Float[Array, ""] | float:
-    return 0.02 * (2 * (depth + 1)) ** -0.5

@@ -1,6 +1,7 @@
 """What a model is made of: a fully resolved `ModelSpec`, the named presets, and how a configuration picks one."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import jax
 
@@ -26,7 +27,7 @@ class ModelSpec:
     activation: str = "swiglu"  # swiglu | gelu (tanh form)
     positions: str = "rope"  # rope | learned
     rope_theta: float = 1e4
-    max_length: int = 2048  # rows of the learned position table
+    max_length: int = 2048  # rows of the table of learned positions; rotary ones have no end
     tied: bool = False
     bias: bool = False  # of linear maps and LayerNorms; the head never has one
     init: str = "fan_in"  # fan_in | official
@@ -43,10 +44,10 @@ class ModelSpec:
         return self.width**0.5 if self.tied and self.norm == "simplenorm" else 1.0
 
 
-def _llama(layers: int, width: int, hidden: int, heads: int, **changes: object) -> ModelSpec:
-    """Llama 2 shape (arXiv 2307.09288) unless changed: RMS pre-norm, rotary positions, SwiGLU, no biases."""
-    shape = {"kv_heads": heads, "head_dim": width // heads, "vocab_size": 32000}
-    return ModelSpec(**({"layers": layers, "width": width, "hidden": hidden, "heads": heads} | shape | changes))
+def _llama(layers: int, width: int, hidden: int, heads: int, **changes: Any) -> ModelSpec:
+    """Llama 2 (arXiv 2307.09288) unless changed: RMS pre-norm, rotary positions, SwiGLU, no biases."""
+    spec = ModelSpec(layers, width, hidden, heads, kv_heads=heads, head_dim=width // heads, vocab_size=32000)
+    return replace(spec, **changes)
 
 
 def _gpt2(layers: int, width: int, heads: int) -> ModelSpec:
@@ -62,28 +63,28 @@ def _qwen3(layers: int, width: int, hidden: int, heads: int, tied: bool) -> Mode
     """Qwen3 (arXiv 2505.09388): queries and keys normalised per head, head width 128 whatever the model width."""
     return ModelSpec(
         layers=layers, width=width, hidden=hidden, heads=heads, kv_heads=8, head_dim=128, vocab_size=151936,
-        norm="prenorm_qk", qk_norm_axis="head", norm_eps=1e-6, rope_theta=1e6, max_length=40960, tied=tied,
+        norm="prenorm_qk", qk_norm_axis="head", norm_eps=1e-6, rope_theta=1e6, tied=tied,
     )  # fmt: skip
 
 
-_LLAMA3 = {"kv_heads": 8, "vocab_size": 128256, "rope_theta": 5e5}
+_LLAMA3: dict[str, Any] = {"kv_heads": 8, "vocab_size": 128256, "rope_theta": 5e5}
 
 PRESETS: dict[str, ModelSpec] = {
-    "tiny": _llama(2, 64, 192, 4, norm="simplenorm", vocab_size=1024, max_length=256),
-    "quickstart": _llama(2, 128, 320, 4, norm="simplenorm", max_length=256, vocab_size=2048),
+    "tiny": _llama(2, 64, 192, 4, norm="simplenorm", vocab_size=1024),
+    "quickstart": _llama(2, 128, 320, 4, norm="simplenorm", vocab_size=2048),
     "gpt2-small": _gpt2(12, 768, 12),
     "gpt2-medium": _gpt2(24, 1024, 16),
     "gpt2-large": _gpt2(36, 1280, 20),
     "gpt2-xl": _gpt2(48, 1600, 25),
     "llama2-1b": _llama(18, 2048, 5632, 16),
-    "llama2-7b": _llama(32, 4096, 11008, 32, max_length=4096),
-    "llama3-8b": _llama(32, 4096, 14336, 32, max_length=8192, **_LLAMA3),
+    "llama2-7b": _llama(32, 4096, 11008, 32),
+    "llama3-8b": _llama(32, 4096, 14336, 32, **_LLAMA3),
     "qwen3-0.6b": _qwen3(28, 1024, 3072, 16, tied=True),
     "qwen3-8b": _qwen3(36, 4096, 12288, 32, tied=False),
-    # SimpleGPT, arXiv 2602.01212: the Llama shapes with SimpleNorm and the lengths they were trained at.
-    "simplegpt-20m": _llama(4, 256, 768, 4, norm="simplenorm", max_length=512),
-    "simplegpt-102m": _llama(12, 640, 1792, 10, norm="simplenorm", max_length=512),
-    "simplegpt-1b": _llama(18, 2048, 5632, 16, norm="simplenorm", max_length=512),
+    # SimpleGPT (arXiv 2602.01212): Llama shapes, and its own smaller ones, with SimpleNorm.
+    "simplegpt-20m": _llama(4, 256, 768, 4, norm="simplenorm"),
+    "simplegpt-102m": _llama(12, 640, 1792, 10, norm="simplenorm"),
+    "simplegpt-1b": _llama(18, 2048, 5632, 16, norm="simplenorm"),
     "simplegpt-7b": _llama(32, 4096, 11008, 32, norm="simplenorm"),
     "simplegpt-8b": _llama(32, 4096, 14336, 32, norm="simplenorm", **_LLAMA3),
 }
@@ -96,7 +97,7 @@ def resolve(config: ModelConfig, vocab_size: int, row_tokens: int) -> ModelSpec:
 
     A key that is null keeps the preset's value, except that shapes follow the shapes they hang on: `hidden` follows a
     changed width or activation, `head_dim` = width / heads and `kv_heads` = heads where the preset has it so.
-    `vocab_size` is the tokenizer's unless set; `max_length` without a preset is `row_tokens`.
+    `vocab_size` is the tokenizer's unless set; `max_length` is `row_tokens` unless set or a table of the preset.
 
     Args:
       vocab_size: number of ids of the tokenizer.
@@ -105,55 +106,59 @@ def resolve(config: ModelConfig, vocab_size: int, row_tokens: int) -> ModelSpec:
     Raises:
       ConfigError: the preset is unknown, or the shapes do not fit each other, the tokenizer or the rows.
     """
-    spec = _preset(config)
-    given = {f.name: getattr(config, f.name, None) for f in fields(ModelSpec)}
-    given = {name: value for name, value in given.items() if value is not None}
-    derived = _derived_shapes(config, spec, vocab_size, row_tokens)
-    resolved = replace(spec, **(derived | given))
-    _check(resolved, config, vocab_size, row_tokens)
-    return resolved
-
-
-def _preset(config: ModelConfig) -> ModelSpec:
     name = config.preset or DEFAULT_PRESET
     if name not in PRESETS:
         raise ConfigError("model.preset", name, f"must be one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+    preset = PRESETS[name]
+    given = {field.name: getattr(config, field.name) for field in fields(ModelSpec)}
+    given = {key: value for key, value in given.items() if value is not None}
+    derived = _derived_shapes(config, preset) | {"vocab_size": vocab_size, "dtype": _compute_type()}
+    if preset.positions != "learned":
+        derived["max_length"] = row_tokens
+    spec = replace(preset, **(derived | given))
+    _check_heads(spec, head_dim_is_free=config.head_dim is not None or not _splits_width(preset))
+    _check_fit(spec, vocab_size, row_tokens)
+    return spec
 
 
-def _derived_shapes(config: ModelConfig, preset: ModelSpec, vocab_size: int, row_tokens: int) -> dict[str, object]:
+def _derived_shapes(config: ModelConfig, preset: ModelSpec) -> dict[str, Any]:
     width, heads = config.width or preset.width, config.heads or preset.heads
     activation = config.activation or preset.activation
-    on_accelerator = jax.default_backend() != "cpu" if config.dtype is None else False
-    derived: dict[str, object] = {"vocab_size": vocab_size, "dtype": "bfloat16" if on_accelerator else "float32"}
+    derived: dict[str, Any] = {}
     if (width, activation) != (preset.width, preset.activation):
         derived["hidden"] = 4 * width if activation == "gelu" else 64 * -(-8 * width // (3 * 64))
     if preset.kv_heads == preset.heads:
         derived["kv_heads"] = heads
-    if preset.head_dim * preset.heads == preset.width:
+    if _splits_width(preset):
         derived["head_dim"] = width // heads
-    if config.preset is None:
-        derived["max_length"] = row_tokens
     return derived
 
 
-def _check(spec: ModelSpec, config: ModelConfig, vocab_size: int, row_tokens: int) -> None:
-    def require(holds: bool, key: str, allowed: str) -> None:
-        if not holds:
-            raise ConfigError(f"model.{key}", getattr(spec, key), allowed)
-
-    divides = config.head_dim is not None or spec.head_dim * spec.heads == spec.width or _own_head_dim(config)
-    require(divides, "heads", f"must divide model.width = {spec.width} (or set model.head_dim)")
-    require(spec.heads % spec.kv_heads == 0, "kv_heads", f"must divide model.heads = {spec.heads}")
-    rotary = spec.positions == "rope"
-    require(not rotary or spec.head_dim % 2 == 0, "head_dim", "must be even with model.positions = rope")
-    fits = rotary or spec.max_length >= row_tokens
-    require(fits, "max_length", f"learned positions must reach corpus.row_tokens = {row_tokens}")
-    require(spec.vocab_size >= vocab_size, "vocab_size", f"must be at least the tokenizer's {vocab_size}")
-    no_bias = spec.norm != "simplenorm" or not spec.bias
-    require(no_bias, "bias", "model.norm = simplenorm normalises plain maps without a bias; set model.bias = false")
+def _splits_width(spec: ModelSpec) -> bool:
+    return spec.head_dim * spec.heads == spec.width
 
 
-def _own_head_dim(config: ModelConfig) -> bool:
-    preset = _preset(config)
-    return preset.head_dim * preset.heads != preset.width
+def _compute_type() -> str:
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _check_heads(spec: ModelSpec, head_dim_is_free: bool) -> None:
+    if not head_dim_is_free and spec.width % spec.heads:
+        allowed = f"must divide model.width = {spec.width}; or set model.head_dim"
+        raise ConfigError("model.heads", spec.heads, allowed)
+    if spec.heads % spec.kv_heads:
+        raise ConfigError("model.kv_heads", spec.kv_heads, f"must divide model.heads = {spec.heads}")
+    if spec.positions == "rope" and spec.head_dim % 2:
+        allowed = "must be even with model.positions = rope; change model.head_dim or model.heads"
+        raise ConfigError("model.head_dim", spec.head_dim, allowed)
+
+
+def _check_fit(spec: ModelSpec, vocab_size: int, row_tokens: int) -> None:
+    if spec.vocab_size < vocab_size:
+        raise ConfigError("model.vocab_size", spec.vocab_size, f"must be at least the tokenizer's, {vocab_size}")
+    if spec.positions == "learned" and spec.max_length < row_tokens:
+        allowed = f"learned positions must reach corpus.row_tokens = {row_tokens}"
+        raise ConfigError("model.max_length", spec.max_length, allowed)
+    if spec.norm == "simplenorm" and spec.bias:
+        allowed = "model.norm = simplenorm normalises maps that have no bias; set model.bias=false"
+        raise ConfigError("model.bias", spec.bias, allowed)
