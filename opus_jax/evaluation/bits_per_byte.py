@@ -5,7 +5,7 @@ byte of the source stands for, is predicted but not counted.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float64, Int64, Integer, PyTree
 
 from opus_jax.config import EvaluationConfig
-from opus_jax.data.records import Manifest, RowReader
+from opus_jax.data.records import Manifest, RowReader, batch_of
 from opus_jax.distributed.axes import replicated, sharding
 from opus_jax.errors import UserError
 from opus_jax.models.loss import token_losses
@@ -54,23 +54,22 @@ class Evaluator:
             if b > 0
         }
 
-    def target(self, bits_per_byte: Mapping[str, float], domains: Iterable[str]) -> float:
+    def target(self, bits_per_byte: Mapping[str, float], domains: Sequence[str]) -> float:
         """Bits per byte over all validation text of `domains`: each domain weighs by the bytes of its split.
 
         So the result is bits over bytes of the split, whatever share of each domain's rows was measured.
 
         Raises:
-          UserError: one of the domains has no validation rows.
+          UserError: there is no validation text in any of them.
         """
-        names = list(domains)
-        missing = [name for name in names if name not in bits_per_byte]
-        if missing or not names:
+        weights = {name: self.validation_bytes[name] for name in domains if name in bits_per_byte}
+        total = sum(weights.values())
+        if total == 0:
             raise UserError(
-                f"proxy.domains: no validation text in {', '.join(missing) or 'an empty list'}; there is some in "
+                f"proxy.domains: no validation text in {', '.join(domains)}; there is some in "
                 f"{', '.join(bits_per_byte) or 'no domain'}: choose among those, or raise corpus.validation_share"
             )
-        total = sum(self.validation_bytes[name] for name in names)
-        return sum(bits_per_byte[name] * (self.validation_bytes[name] / total) for name in names)
+        return sum(bits_per_byte[name] * (weight / total) for name, weight in weights.items())
 
 
 def make_evaluator(
@@ -117,18 +116,13 @@ def _batches(
 ) -> Iterator[tuple[int, HostBatch]]:
     """(index of the first row, batch) of equal shapes; the last batch is filled up with copies of its last row."""
     for start in range(0, len(rows), batch_rows):
-        records = [reader[int(i)] for i in rows[start : start + batch_rows]]
-        records += [records[-1]] * (batch_rows - len(records))
-        tokens = np.stack([record["tokens"] for record in records])
-        targets = np.stack([record["loss_mask"] for record in records])
-        yield (
-            start,
-            {
-                "tokens": tokens,
-                "segment_ids": np.stack([record["segment_ids"] for record in records]),
-                "loss_mask": (targets * (token_bytes[tokens] > 0)).astype(np.float32),
-            },
-        )
+        batch = batch_of(reader.read(_filled_up(rows[start : start + batch_rows], batch_rows)))
+        counted = batch["loss_mask"] * (token_bytes[batch["tokens"]] > 0)
+        yield start, {"tokens": batch["tokens"], "segment_ids": batch["segment_ids"], "loss_mask": counted}
+
+
+def _filled_up(rows: np.ndarray, count: int) -> np.ndarray:
+    return np.concatenate([rows, np.repeat(rows[-1:], count - len(rows))])
 
 
 def _jit_row_nats(spec: ModelSpec, mesh: Mesh) -> Callable[[Any, HostBatch], Float[np.ndarray, " N"]]:
