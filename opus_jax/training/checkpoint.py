@@ -1,0 +1,353 @@
+"""Checkpoints of a run: saved beside the training, verified when read, and never half there.
+
+A step is {state: a pytree of arrays, data: the plan of the candidate stream, meta: JSON}. Orbax writes it to a
+temporary folder and renames that when everything is on disk; afterwards process 0 writes the hashes of its files
+(`integrity.py`). Every process calls `save` and `restore`, from its main thread.
+"""
+
+import json
+import logging
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+from rich.console import Console
+
+from opus_jax.errors import UserError
+from opus_jax.training import integrity
+
+Say = Callable[[str], None]
+Restored = tuple[int, Any, dict[str, np.ndarray], dict[str, Any]]
+
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_DAMAGED = "damaged-"
+
+
+class Checkpoints:
+    """The checkpoints below one folder; a context manager that waits for the last save when it is left.
+
+    Args:
+      directory: usually `<run folder>/checkpoints`; made when absent.
+      keep: how many of the newest stay.
+      best: whether the one with the lowest metric stays too.
+      say: takes each warning, one line; the default prints to standard error.
+    """
+
+    def __init__(self, directory: str | Path, keep: int, best: bool, *, say: Say | None = None):
+        self.directory = Path(directory).absolute()
+        self._policy = _preservation(keep, best)
+        self._say = (say or _print) if jax.process_index() == 0 else _silent
+        self._checkpointer: ocp.training.Checkpointer | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: tuple[int, Future[None]] | None = None
+        _quiet_orbax()
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _clean(self.directory)
+        _barrier("checkpoints opened")
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            self.close()
+        except UserError as failure:
+            if error is None:
+                raise
+            # the error already on its way is the one to report; this one must not replace it
+            self._say(str(failure))
+
+    def steps(self) -> list[int]:
+        """Committed steps, ascending, good or not."""
+        return committed_steps(self.directory)
+
+    def save(
+        self, step: int, state: Any, data: dict[str, np.ndarray], meta: dict[str, Any], metric: float | None = None
+    ) -> None:
+        """Start saving; returns when the arrays are copied off the devices (and an earlier save has ended).
+
+        Args:
+          state: pytree of arrays. The caller may donate its buffers to the next step at once.
+          data: arrays of any shape, empty ones too.
+          meta: what `json.dumps` takes.
+          metric: lower is better, for `best`; null or non-finite = never the best.
+
+        Raises:
+          UserError: this save could not start, or an earlier one failed (a full disk, for instance).
+        """
+        self.wait()
+        metrics = {"metric": float(metric)} if metric is not None and math.isfinite(metric) else None
+        try:
+            response = self._open().save_checkpointables_async(
+                step, _pack(state, data, meta), force=True, metrics=metrics
+            )
+        except Exception as error:
+            raise self._failure(step, error) from error
+        assert response is not None, "force=True saves whatever the policy says"
+        self._saving = step, self._thread.submit(self._finish, step, response)
+
+    def check(self) -> None:
+        """Raise UserError if the save in the background has failed by now; never waits."""
+        if self._saving and self._saving[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last save is committed and hashed.
+
+        Raises:
+          UserError: it failed; the message names the step, the cause and the last good step.
+        """
+        if self._saving is None:
+            return
+        (step, future), self._saving = self._saving, None
+        try:
+            future.result()
+        except Exception as error:
+            raise self._failure(step, error) from error
+
+    def close(self) -> None:
+        """Wait for the last save and release threads and files.
+
+        Raises:
+          UserError: the last save failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            checkpointer, self._checkpointer = self._checkpointer, None
+            if checkpointer is not None:
+                _close(checkpointer)
+
+    def restore(self, abstract_state: Any) -> Restored | None:
+        """The newest checkpoint that is intact, or None when there has never been one.
+
+        A damaged checkpoint is said, passed over, and, once an older one is read, renamed to `damaged-<step>` so
+        that its step can be saved again.
+
+        Args:
+          abstract_state: pytree of ShapeDtypeStruct with the shardings wanted now; the mesh may differ from the
+            one that saved.
+
+        Returns:
+          (step, state, data, meta).
+
+        Raises:
+          UserError: there are checkpoints and none is readable, or an intact one does not fit `abstract_state`.
+        """
+        self.wait()
+        damaged: list[int] = []
+        for step in reversed(self.steps()):
+            restored = _read_verified(self.directory, step, _reader(abstract_state), self._say)
+            if restored is not None:
+                self._set_aside(damaged)
+                return step, *restored
+            damaged.append(step)
+        _refuse_restart(self.directory, damaged)
+        return None
+
+    def _open(self) -> ocp.training.Checkpointer:
+        """Opened at the first save, when `restore` has set damaged steps aside: they must not count as kept."""
+        if self._checkpointer is None:
+            every = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+            self._checkpointer = ocp.training.Checkpointer(
+                self.directory, save_decision_policy=every, preservation_policy=self._policy
+            )
+        return self._checkpointer
+
+    def _finish(self, step: int, response: Any) -> None:
+        response.result()
+        if jax.process_index() == 0:
+            integrity.write_hashes(self.directory, step)
+            integrity.remove_orphans(self.directory)
+
+    def _failure(self, step: int, error: Exception) -> UserError:
+        good = [s for s in self.steps() if s != step]
+        last = f"the last good checkpoint is step {good[-1]}" if good else "there is no earlier checkpoint"
+        return UserError(f"saving step {step} to {self.directory} failed: {_cause(error)}; {last}")
+
+    def _set_aside(self, damaged: list[int]) -> None:
+        if jax.process_index() == 0:
+            for step in damaged:
+                target = self.directory / f"{_DAMAGED}{step}"
+                shutil.rmtree(target, ignore_errors=True)
+                (self.directory / str(step)).rename(target)
+                self._say(f"checkpoint {step} is kept as {target.name}; delete it when you do not need it")
+            integrity.remove_orphans(self.directory)
+        _barrier("damaged checkpoints set aside")
+
+
+def committed_steps(directory: str | Path) -> list[int]:
+    """Steps with a committed folder below `directory`, ascending; temporary folders never count."""
+    folder = Path(directory)
+    return sorted(int(f.name) for f in folder.glob("*") if f.is_dir() and f.name.isdigit())
+
+
+def load_params(run_dir: str | Path, *, say: Say | None = None) -> tuple[dict[str, Any], int, dict[str, Any]]:
+    """The parameters of a run's newest intact checkpoint, without its optimizer state.
+
+    Returns:
+      (params, step, meta): params as a nested dict of NumPy arrays, whatever mesh saved them.
+
+    Raises:
+      UserError: the run has no checkpoint, or none is readable.
+    """
+    directory = Path(run_dir).absolute() / "checkpoints"
+    _quiet_orbax()
+    steps = committed_steps(directory)
+    for step in reversed(steps):
+        found = _read_verified(directory, step, _read_params, say or _print)
+        if found is not None:
+            return found[0], step, found[1]
+    _refuse_restart(directory, steps)
+    raise UserError(f"no checkpoint in {directory}: train the run first, or name another run folder")
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def _read_verified(directory: Path, step: int, read: Callable[[Path], Any], say: Say) -> Any | None:
+    """What `read` returns, or None (said) when the step is damaged. All processes come to the same answer."""
+    found = integrity.problems(directory, step) if jax.process_index() == 0 else []
+    if not _all_agree(not found):
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        say(f"checkpoint {step} is damaged ({''.join(found[:1])}{more}): trying an older one")
+        return None
+    hashed = _all_agree(jax.process_index() != 0 or integrity.has_hashes(directory, step))
+    if not hashed:
+        say(f"checkpoint {step} has no hashes (its process died before they were written): it is used if it loads")
+    result, failure = None, None
+    try:
+        result = read(directory / str(step))
+    except Exception as error:  # the array store has many error classes
+        failure = error
+    if _all_agree(failure is None):
+        return result
+    cause = _cause(failure) if failure else "another process could not read it"
+    if hashed:
+        # every byte is as written, so walking back would hide a changed model or a full memory
+        raise UserError(f"checkpoint {step} in {directory} is intact but cannot be loaded here: {cause}") from failure
+    say(f"checkpoint {step} cannot be read ({cause}): trying an older one")
+    return None
+
+
+def _reader(abstract_state: Any) -> Callable[[Path], tuple[Any, dict[str, np.ndarray], dict[str, Any]]]:
+    def read(folder: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, Any]]:
+        loaded = ocp.load_checkpointables(folder, {"state": abstract_state, "data": None, "meta": None})
+        return loaded["state"], *_unpack(loaded["data"], loaded["meta"])
+
+    return read
+
+
+def _read_params(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    saved = ocp.checkpointables_metadata(folder).metadata["state"]
+    wanted = {
+        name: jax.tree.map(lambda leaf, own=name == "params": np.empty(0, leaf.dtype) if own else ocp.PLACEHOLDER, part)
+        for name, part in saved.items()
+    }
+    loaded = ocp.load_checkpointables(folder, {"state": wanted, "data": None, "meta": None})
+    return loaded["state"]["params"], _unpack(loaded["data"], loaded["meta"])[1]
+
+
+def _refuse_restart(directory: Path, damaged: list[int]) -> None:
+    """Beginning again from step 0 is the user's decision, wherever a checkpoint has once been."""
+    gone = [] if damaged else integrity.hashed_steps(directory)
+    aside = sorted(folder.name for folder in directory.glob(_DAMAGED + "*"))
+    if not (damaged or gone or aside):
+        return
+    what = f"steps {damaged} are unreadable" if damaged else f"there were steps {gone}" if gone else ", ".join(aside)
+    raise UserError(
+        f"no readable checkpoint in {directory} ({what}): restore the folder from a copy, or delete it to start again"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def _pack(state: Any, data: dict[str, np.ndarray], meta: dict[str, Any]) -> dict[str, Any]:
+    """JSON goes as one text, since the array store would make an array of each number; it refuses empty arrays."""
+    arrays = {name: np.asarray(array) for name, array in data.items()}
+    empty = {name: [str(a.dtype), list(a.shape)] for name, a in arrays.items() if a.size == 0}
+    stored = {name: array for name, array in arrays.items() if array.size}
+    text = json.dumps({"meta": meta, "empty": empty})
+    return {"state": state, "data": {"arrays": stored}, "meta": {"json": text}}
+
+
+def _unpack(data: Any, meta: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    envelope = json.loads(meta["json"])
+    empty = {name: np.zeros(shape, dtype) for name, (dtype, shape) in envelope["empty"].items()}
+    return {name: np.asarray(array) for name, array in (data["arrays"] or {}).items()} | empty, envelope["meta"]
+
+
+def _preservation(keep: int, best: bool) -> Any:
+    policies = ocp.training.preservation_policies
+    newest = policies.LatestN(keep)
+    if not best:
+        return newest
+    lowest = policies.BestN(
+        get_metric_fn=lambda metrics: metrics["metric"], reverse=True, n=1, keep_checkpoints_without_metrics=False
+    )
+    return policies.AnyPreservationPolicy([newest, lowest])
+
+
+def _clean(directory: Path) -> None:
+    """Remove what a killed process left: unfinished saves, and lists of hashes without a step."""
+    for folder in directory.glob(f"*{_TEMPORARY}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    if committed_steps(directory):
+        integrity.remove_orphans(directory)
+
+
+def _close(checkpointer: ocp.training.Checkpointer) -> None:
+    try:
+        checkpointer.close()
+    except Exception as error:  # `wait` has raised it already: it raises once in each thread
+        logging.getLogger(__name__).debug("closing after a failed save: %s", error)
+
+
+# ----------------------------------------------------------------------------------- processes and messages
+
+
+def _all_agree(good: bool) -> bool:
+    if jax.process_count() == 1:
+        return good
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(good))))
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _cause(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _quiet_orbax() -> None:
+    """Its failures reach the caller as exceptions; its log would bury the one line that says what to do."""
+    logger = logging.getLogger("absl")
+    if _not_from_orbax not in logger.filters:
+        logger.addFilter(_not_from_orbax)
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+
+def _print(line: str) -> None:
+    Console(file=sys.stderr).print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _silent(line: str) -> None:
+    return
