@@ -26,9 +26,9 @@ def partition_spec(axes: LogicalAxes) -> PartitionSpec:
 
 
 def sharding(mesh: Mesh, axes: LogicalAxes, shape: tuple[int, ...] | None = None) -> NamedSharding:
-    """Sharding of one array. A dimension that its mesh axes do not divide (`shape` given) is left whole."""
+    """Sharding of one array; no axes = whole. A dimension that its mesh axes do not divide (`shape`) is left whole."""
     spec = partition_spec(axes)
-    if shape is not None:
+    if shape is not None and axes:
         spec = PartitionSpec(*(_dividing(mesh, names, size) for names, size in zip(spec, shape, strict=True)))
     return NamedSharding(mesh, spec)
 

@@ -29,6 +29,8 @@ from opus_jax.training.state import TrainState, state_shardings
 Batch = dict[str, jax.Array]  # tokens, segment_ids int32[N, T]; loss_mask float32[N, T]
 Metrics = dict[str, jax.Array]
 
+SCORING_METHODS = ("opus", "high_loss")
+
 
 @dataclass(frozen=True)
 class Step:
@@ -100,7 +102,7 @@ def abstract_batch(rows: int, row_tokens: int, mesh: Mesh) -> Batch:
 
 def _select(
     spec: ModelSpec, optimizer: Optimizer, config: Config, state: TrainState, candidates: Batch, proxy: Batch | None
-) -> tuple[Any, Int[Array, "K"], Metrics]:
+) -> tuple[Any, Int[Array, " K"], Metrics]:
     """Choose K of N candidates: the proxy gradient in use, the chosen positions, and what to log of them."""
     score_key, sample_key = jax.random.split(jax.random.fold_in(state.key, state.step))
     warm = state.step < config.selection.warm_start_steps
@@ -134,7 +136,7 @@ def _select(
 
 def _utilities(
     spec: ModelSpec, optimizer: Optimizer, config: Config, state: TrainState, candidates: Batch, proxy: Batch, key: Any
-) -> tuple[Any, Float[Array, "N"], Int[Array, ""]]:
+) -> tuple[Any, Float[Array, " N"], Int[Array, ""]]:
     """Exact utilities <grad loss_i, v> of all candidates, with v from the proxy gradient in use."""
     proxy_gradient, v, nonfinite = selection_direction(spec, optimizer, config, state, candidates, proxy, key)
     utilities = score_rows(spec, config, state.params, v, candidates, chunk=config.selection.score_chunk)
@@ -165,7 +167,7 @@ def selection_direction(
 
 def score_rows(
     spec: ModelSpec, config: Config, params: Any, v: Any, rows: Batch, *, chunk: int | None
-) -> Float[Array, "N"]:
+) -> Float[Array, " N"]:
     """Utilities of rows by the configured engine, over the configured window, `chunk` rows at a time."""
     engine = {"directional": directional.utilities, "per_example": per_example.utilities}[config.selection.engine]
     return engine(partial(row_losses, spec), params, v, window(rows, config.selection.window), chunk=chunk)
@@ -176,12 +178,12 @@ def window(rows: Batch, tokens: int | None) -> Batch:
     return {name: x[:, :tokens] for name, x in rows.items()}
 
 
-def take(rows: Batch, indices: Int[Array, "K"]) -> Batch:
+def take(rows: Batch, indices: Int[Array, " K"]) -> Batch:
     """The rows at these positions, spread again over the batch axis."""
     return {name: constrain(x[indices], batch_axes(x)) for name, x in rows.items()}
 
 
-def _losses(spec: ModelSpec, config: Config, params: Any, candidates: Batch) -> Float[Array, "N"]:
+def _losses(spec: ModelSpec, config: Config, params: Any, candidates: Batch) -> Float[Array, " N"]:
     return by_chunks(partial(row_losses, spec, params), window(candidates, config.selection.window), config.selection.score_chunk)
 
 
@@ -235,7 +237,7 @@ def mean_gradient(
     return jax.tree.map(lambda g: g / count, gradient), nats / count, tokens
 
 
-def by_chunks(function: Callable[[Batch], Float[Array, "n"]], rows: Batch, chunk: int | None) -> Float[Array, "N"]:
+def by_chunks(function: Callable[[Batch], Float[Array, " n"]], rows: Batch, chunk: int | None) -> Float[Array, " N"]:
     """Apply a per-row function a chunk of rows at a time."""
     total = rows["tokens"].shape[0]
     if chunk is None or chunk >= total:

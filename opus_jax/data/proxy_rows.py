@@ -1,0 +1,46 @@
+"""Which rows of the proxy split stand for what the model should become good at."""
+
+import difflib
+
+import numpy as np
+
+from opus_jax.config import Config
+from opus_jax.data.plan import Plan
+from opus_jax.data.records import Manifest
+from opus_jax.errors import ConfigError, UserError
+
+
+def proxy_plan(manifest: Manifest, config: Config) -> Plan:
+    """The plan of the proxy split: rows of `proxy.domains` (all domains if empty), each domain by its rows.
+
+    The split's documents are never in the training rows.
+
+    Raises:
+      ConfigError: `proxy.domains` names an unknown domain.
+      UserError: the chosen domains have no proxy rows.
+    """
+    wanted = target_domains(manifest, config)
+    # Proxy rows from files belong to no domain of the pool: all of them are wanted.
+    counted = wanted if config.proxy.source == "heldout" else manifest.domains
+    counts = np.array([manifest.rows["proxy"].get(name, 0) for name in manifest.domains], np.int64)
+    weights = np.where(np.isin(manifest.domains, counted), counts, 0).astype(np.float64)
+    if not weights.any():
+        raise UserError(
+            f"proxy.domains = {counted}: no proxy rows; raise corpus.proxy_share = {config.corpus.proxy_share}, "
+            "lower corpus.row_tokens, or choose larger domains"
+        )
+    nothing = np.zeros(len(counts), np.int64)
+    return Plan(weights, None, 0, nothing, counts, nothing)
+
+
+def target_domains(manifest: Manifest, config: Config) -> list[str]:
+    """Domains whose validation text measures success: `proxy.domains`, or all.
+
+    Raises:
+      ConfigError: one of them is unknown.
+    """
+    for name in config.proxy.domains:
+        if name not in manifest.domains:
+            close = difflib.get_close_matches(name, manifest.domains, n=1, cutoff=0.0)[0]
+            raise ConfigError("proxy.domains", name, f"no such domain; the nearest is {close}")
+    return list(config.proxy.domains) or list(manifest.domains)

@@ -1,0 +1,211 @@
+"""The training loop: the order of events of a run, from preparing the corpus to the summary.
+
+Order matters in three places and is not to be changed: a step's results are read only after the next step was
+dispatched (the devices never wait for the host); a checkpoint is taken only when every step before it is recorded
+(its totals and digests are those of its weights); logs are flushed before a checkpoint is committed.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from opus_jax.config import Config
+from opus_jax.data.candidates import CandidateStream
+from opus_jax.data.plan import Plan
+from opus_jax.data.records import RowReader
+from opus_jax.errors import UserError
+from opus_jax.models.transformer import parameter_count
+from opus_jax.training.build import Parts, build
+from opus_jax.training.checkpoint import Checkpoints, load_params
+from opus_jax.training.costs import step_costs
+from opus_jax.training.feed import Fed, Feed
+from opus_jax.training.interrupt import InterruptedRunError, stop_signals
+from opus_jax.training.metrics import MetricsWriter
+from opus_jax.training.progress import Progress
+from opus_jax.training.recorder import Done, Recorder
+from opus_jax.training.run_folder import open_run_folder, read_summary, refuse_changed_config, write_summary
+from opus_jax.training.selection_log import SelectionLog
+from opus_jax.training.state import TrainState, init_state
+from opus_jax.training.totals import Totals
+
+
+def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
+    """Train, or go on with, the run of `config.run.dir`; returns what is in summary.json.
+
+    Raises:
+      UserError: something only the user can put right; nothing was lost.
+      InterruptedRunError: Ctrl-C or SIGTERM; the state was saved and the same command goes on from it.
+    """
+    assert config.run.dir is not None, "Config.load names the run folder"
+    folder = Path(config.run.dir)
+    refuse_changed_config(folder, config)
+    parts = build(config, progress=progress)
+    with open_run_folder(folder, config), _checkpoints(folder, config) as checkpoints, stop_signals() as stop:
+        state, plan, totals = _start(parts, checkpoints)
+        if int(state.step) == config.run.steps and (summary := read_summary(folder)) is not None:
+            return summary
+        with _logs(parts, folder, int(state.step), totals, progress) as recorder:
+            _run(parts, checkpoints, recorder, state, plan, stop)
+        summary = _summary(parts, totals)
+        write_summary(folder, summary)
+    return summary
+
+
+def _checkpoints(folder: Path, config: Config) -> Checkpoints:
+    return Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, best=config.checkpoint.best)
+
+
+def _start(parts: Parts, checkpoints: Checkpoints) -> tuple[TrainState, Plan, Totals]:
+    """The newest good checkpoint, or a fresh state."""
+    restored = checkpoints.restore(parts.abstract_state())
+    if restored is not None:
+        _, state, data, meta = restored
+        if meta["records"] != parts.manifest.fingerprint:
+            raise UserError(
+                f"{parts.config.run.dir} was trained on records {meta['records']}, but the corpus now gives "
+                f"{parts.manifest.fingerprint}: restore the corpus, or choose another run.dir"
+            )
+        return state, Plan.from_arrays(data), Totals.from_mapping(meta["totals"])
+    config = parts.config
+    params = load_params(Path(config.model.init_from))[0] if config.model.init_from else None
+    state = init_state(parts.spec, parts.optimizer, config.run.seed, parts.mesh, directed=parts.directed, params=params)
+    return state, parts.candidate_plan(), Totals.start(len(parts.manifest.domains))
+
+
+@contextmanager
+def _logs(parts: Parts, folder: Path, step: int, totals: Totals, progress: bool) -> Iterator[Recorder]:
+    config, manifest = parts.config, parts.manifest
+    writer = MetricsWriter(folder, config.tracking, resume_step=step)
+    log = SelectionLog(folder, resume_step=step) if _logs_selection(config) else None
+    with Progress(config.run.steps, step, enabled=progress) as bar:
+        try:
+            yield Recorder(config, list(manifest.domains), step_costs(parts.spec, config), totals, writer, log, bar)
+        finally:
+            if log is not None:
+                log.close()
+            writer.close()
+
+
+def _logs_selection(config: Config) -> bool:
+    """Method none chooses nothing. Only process 0 writes, but every process keeps the same totals."""
+    return config.tracking.selection_log and config.selection.method != "none"
+
+
+def _run(
+    parts: Parts, checkpoints: Checkpoints, recorder: Recorder, state: TrainState, plan: Plan, stop: threading.Event
+) -> None:
+    """All remaining steps."""
+    config, first = parts.config, int(state.step)
+    clock = _Clock(recorder.totals)
+    candidates = Feed(_stream(parts, "train", plan, config.candidates, first), parts.mesh)
+    proxies = _Proxies(parts, first) if parts.directed else None
+    pending: Done | None = None
+    for step in range(first + 1, config.run.steps + 1):
+        fed = candidates.take()
+        proxy = proxies.at(step - 1) if proxies else None
+        audit = parts.audit(state, fed.device, proxy.device) if proxy and _audited(config, step) else None
+        state, metrics = parts.step(state, fed.device, proxy.device if proxy else None)
+        if pending is not None:
+            recorder.record(pending)
+        pending = Done(step, fed.host, metrics, audit, candidates.waited, timed=step > first + 1 and audit is None)
+        if step < config.run.steps:
+            candidates.ahead()
+        last = step == config.run.steps or stop.is_set()
+        evaluate = step % config.run.eval_every == 0 or step == config.run.steps
+        save = step % config.run.save_every == 0 or last
+        if not (evaluate or save):
+            continue
+        recorder.record(pending)
+        pending = None
+        if evaluate:
+            recorder.evaluated(step, *parts.evaluate_target(state.params))
+        if save:
+            clock.stamp()
+            _save(parts, checkpoints, recorder, state, plan, recorder.totals.target_bits_per_byte if evaluate else None)
+        recorder.restart_clock()
+        if stop.is_set() and step < config.run.steps:
+            checkpoints.wait()
+            raise InterruptedRunError(f"stopped after step {step}, saved in {config.run.dir}; the same command goes on from there")
+    checkpoints.wait()
+    clock.stamp()
+
+
+def _audited(config: Config, step: int) -> bool:
+    """Audits begin with the first scored step and come back every `audit_every` steps."""
+    every, scored = config.selection.audit_every, step - 1 - config.selection.warm_start_steps
+    return bool(every) and scored >= 0 and scored % every == 0
+
+
+class _Clock:
+    """Adds the wall time of this process to the run's."""
+
+    def __init__(self, totals: Totals):
+        self._totals, self._since = totals, time.perf_counter()
+
+    def stamp(self) -> None:
+        now = time.perf_counter()
+        self._totals.wall_seconds += now - self._since
+        self._since = now
+
+
+class _Proxies:
+    """Proxy rows: a new batch at every refresh, the same rows in between."""
+
+    def __init__(self, parts: Parts, first: int):
+        config = parts.config
+        self._refresh, self._warm = config.proxy.refresh, config.selection.warm_start_steps
+        turn = self._turn(first)
+        self._feed = Feed(_stream(parts, "proxy", parts.proxy_plan(), config.proxy.rows, turn), parts.mesh)
+        self._held, self._held_turn = self._feed.take(), turn
+
+    def _turn(self, step: int) -> int:
+        return max(step - self._warm, 0) // self._refresh
+
+    def at(self, step: int) -> Fed:
+        """Rows of a step, counted from 0."""
+        while self._held_turn < self._turn(step):
+            self._held, self._held_turn = self._feed.take(), self._held_turn + 1
+        return self._held
+
+
+def _stream(parts: Parts, split: str, plan: Plan, rows: int, start: int) -> CandidateStream:
+    return CandidateStream(
+        RowReader(parts.records, split), plan, parts.config.run.seed, rows,
+        start_step=start, process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+
+
+def _save(
+    parts: Parts, checkpoints: Checkpoints, recorder: Recorder, state: TrainState, plan: Plan, target: float | None
+) -> None:
+    if recorder.log is not None:
+        recorder.log.flush()
+    meta = {
+        "totals": recorder.totals.to_mapping(),
+        "records": parts.manifest.fingerprint,
+        "tokenizer": parts.manifest.tokenizer_hash,
+    }
+    checkpoints.save(int(state.step), state, plan.to_arrays(), meta, target)
+
+
+def _summary(parts: Parts, totals: Totals) -> dict[str, Any]:
+    return {
+        "steps": parts.config.run.steps,
+        "update_tokens": totals.update_tokens,
+        "seen_tokens": totals.seen_tokens,
+        "flops": totals.flops,
+        "wall_seconds": totals.wall_seconds,
+        "tokens_per_second": totals.tokens_per_second,
+        "scoring_overhead": totals.scoring_overhead,
+        "bits_per_byte": totals.bits_per_byte,
+        "target_bits_per_byte": totals.target_bits_per_byte,
+        "selected_share": totals.selected_share(list(parts.manifest.domains)),
+        "loss_digest": totals.loss_digest,
+        "batch_digest": totals.batch_digest,
+        "parameters": parameter_count(parts.spec),
+    }

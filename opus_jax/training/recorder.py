@@ -1,0 +1,129 @@
+"""Turns what a step returned into totals, metric lines, the selection log and the progress bar."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from opus_jax.config import Config
+from opus_jax.training import digest
+from opus_jax.training.audit import WARN_BELOW
+from opus_jax.training.costs import StepCosts
+from opus_jax.training.metrics import MetricsWriter
+from opus_jax.training.progress import Progress
+from opus_jax.training.selection_log import SelectionLog
+from opus_jax.training.step import SCORING_METHODS
+from opus_jax.training.totals import Totals
+
+
+@dataclass(frozen=True)
+class Done:
+    """A dispatched step whose results have not been looked at yet. `step` counts completed updates, from 1."""
+
+    step: int
+    host: Mapping[str, np.ndarray]  # the candidate rows
+    metrics: Mapping[str, jax.Array]
+    audit: jax.Array | None
+    waited: float
+    timed: bool  # False for a step that compiled something
+
+
+class NonFiniteLossError(RuntimeError):
+    """The training loss is not a number or infinite."""
+
+
+class Recorder:
+    """Writes the logs of a run; `record` blocks until the step it is given has finished on the devices."""
+
+    def __init__(
+        self, config: Config, domains: list[str], costs: StepCosts, totals: Totals,
+        writer: MetricsWriter, log: SelectionLog | None, progress: Progress,
+    ):  # fmt: skip
+        self.config, self.domains, self.costs, self.totals = config, domains, costs, totals
+        self.writer, self.log, self.progress = writer, log, progress
+        self._finished = time.perf_counter()
+
+    def restart_clock(self) -> None:
+        """The time since the last step was not spent in steps (evaluation, saving)."""
+        self._finished = time.perf_counter()
+
+    def record(self, done: Done) -> None:
+        metrics = {name: np.asarray(value) for name, value in jax.device_get(dict(done.metrics)).items()}
+        seconds = time.perf_counter() - self._finished
+        self._finished += seconds
+        self._count(done, metrics, seconds)
+        if self.log is not None:
+            scored = self.config.selection.method in SCORING_METHODS and done.step > self.config.selection.warm_start_steps
+            self.log.write(done.step, _log_columns(done.host, metrics, scored))
+        line = self._line(done, metrics, seconds)
+        if done.step % self.config.run.log_every == 0 or done.step == self.config.run.steps:
+            self.writer.write(line)
+        self.progress.update(done.step, line)
+        if not np.isfinite(metrics["loss"]):
+            ids = np.asarray(done.host["example_id"])[metrics["indices"]].tolist()
+            raise NonFiniteLossError(f"the loss is {metrics['loss']} at step {done.step}, on rows {ids}")
+
+    def evaluated(self, step: int, bits: dict[str, float], target: float) -> None:
+        """Log an evaluation: bits per byte by domain, and over the target domains."""
+        self.totals.bits_per_byte, self.totals.target_bits_per_byte = bits, target
+        self.writer.write({"step": step, "bits_per_byte": bits, "target_bits_per_byte": target} | self._totals())
+        self.progress.evaluated(step, bits, target)
+
+    def _count(self, done: Done, metrics: dict[str, Any], seconds: float) -> None:
+        totals, tokens = self.totals, int(metrics["update_tokens"])
+        totals.update_tokens += tokens
+        totals.seen_tokens += int(done.host["loss_mask"].sum())
+        totals.update_flops += self.costs.update
+        totals.selection_flops += self.costs.selection(done.step - 1, self.config)
+        totals.audit_flops += self.costs.audit if done.audit is not None else 0
+        if done.timed:
+            totals.timed_tokens += tokens
+            totals.timed_seconds += seconds
+        totals.count_rows(np.asarray(done.host["domain_id"]), metrics["selected"])
+        ids = np.asarray(done.host["example_id"], np.int64)[metrics["indices"]]
+        totals.loss_digest = digest.extend(totals.loss_digest, np.float32(metrics["loss"]).tobytes())
+        totals.batch_digest = digest.extend(totals.batch_digest, ids.tobytes())
+
+    def _line(self, done: Done, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
+        chosen = np.asarray(done.host["domain_id"])[metrics["selected"]]
+        share = np.bincount(chosen, minlength=len(self.domains)) / max(len(chosen), 1)
+        line = {
+            "step": done.step,
+            "loss": float(metrics["loss"]),
+            "learning_rate": float(metrics["learning_rate"]),
+            "grad_norm": float(metrics["grad_norm"]),
+            "tokens_per_second": int(metrics["update_tokens"]) / max(seconds, 1e-9),
+            "data_wait_seconds": done.waited,
+            "utility_mean": float(metrics["utility"].mean(dtype=np.float64)),
+            "utility_sd": float(metrics["utility"].std(dtype=np.float64)),
+            "selected_share": dict(zip(self.domains, share.tolist(), strict=True)),
+            "selected_at_random": bool(metrics["selected_at_random"]),
+            "nonfinite_direction": int(metrics["nonfinite_direction"]),
+        }
+        if done.audit is not None:
+            line["audit_rank_agreement"] = agreement = float(done.audit)
+            if agreement < WARN_BELOW:
+                self.progress.warn(
+                    f"step {done.step}: utilities agree with exact per-example gradients only to {agreement:.2f} "
+                    f"(Spearman over {self.config.selection.audit_rows} rows; below {WARN_BELOW})"
+                )
+        return line | self._totals()
+
+    def _totals(self) -> dict[str, Any]:
+        totals = self.totals
+        return {
+            "update_tokens": totals.update_tokens,
+            "seen_tokens": totals.seen_tokens,
+            "flops": totals.flops,
+            "scoring_overhead": totals.scoring_overhead,
+        }
+
+
+def _log_columns(host: Mapping[str, np.ndarray], metrics: dict[str, Any], scored: bool) -> dict[str, np.ndarray]:
+    """Columns of the selection log; where nothing was scored, utilities are null."""
+    columns = {name: np.asarray(host[name]) for name in ("example_id", "domain_id")}
+    named = ("utility", "z", "probability", "selected") if scored else ("probability", "selected")
+    return columns | {name: metrics[name] for name in named}
