@@ -185,6 +185,8 @@ class Checkpoints:
                 self._say(f"checkpoint {step} is kept as {target.name}; delete it when you do not need it")
             integrity.remove_orphans(self.directory)
         _barrier("damaged checkpoints set aside")
+        if self._checkpointer is not None:
+            self._checkpointer.reload()
 
 
 def committed_steps(directory: str | Path) -> list[int]:

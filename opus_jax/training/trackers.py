@@ -7,12 +7,13 @@ environment, no paths.
 import hashlib
 import importlib.util
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from opus_jax.config import TrackingConfig
 from opus_jax.errors import MissingExtraError
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Takes flat metrics of a step."""
 
@@ -49,7 +50,8 @@ class TensorBoard:
         # the import costs half a second, which only runs with TensorBoard on should pay
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
+        # file names hold whole seconds only: without the step, a quick restart would overwrite the file before it
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1, filename_suffix=f".{resume_step}")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
