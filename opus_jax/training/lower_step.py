@@ -9,13 +9,14 @@ import sys
 from typing import Any
 
 from opus_jax.config import Config, from_mapping, replace
-from opus_jax.data.tokenizer import byte_tokenizer, load_tokenizer
+from opus_jax.data.tokenizer import byte_tokenizer, sentencepiece_tokenizer
+from opus_jax.data.tokenizer_training import read_model
 from opus_jax.distributed.compile import measure
 from opus_jax.distributed.mesh import make_mesh
 from opus_jax.distributed.topology import absent_devices, parse_topology
 from opus_jax.errors import UserError
 from opus_jax.models.presets import ModelSpec, resolve
-from opus_jax.training.build import check_rows, make_optimizer_for
+from opus_jax.training.build import check_rows, optimizer_for
 from opus_jax.training.state import abstract_state
 from opus_jax.training.step import abstract_batch, is_directed, make_step
 
@@ -29,7 +30,7 @@ def lower_step(config: Config, devices: list[Any]) -> Any:
     mesh = make_mesh(config.mesh, devices)
     check_rows(config, mesh)
     spec = model_spec(config)
-    optimizer = make_optimizer_for(spec, config)
+    optimizer = optimizer_for(spec, config)
     directed = is_directed(config)
     tokens = config.corpus.row_tokens
     candidates = abstract_batch(config.candidates, tokens, mesh)
@@ -48,7 +49,7 @@ def _vocabulary(config: Config) -> int:
     if config.tokenizer.kind == "byte":
         return byte_tokenizer().vocab_size
     if config.tokenizer.path is not None:
-        return load_tokenizer(config.tokenizer.path).vocab_size
+        return sentencepiece_tokenizer(read_model(config.tokenizer.path), config.tokenizer.path).vocab_size
     return config.tokenizer.vocab_size
 
 
