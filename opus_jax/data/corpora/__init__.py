@@ -5,6 +5,7 @@ import dataclasses
 from opus_jax.config import CorpusConfig
 from opus_jax.data.corpora import debian, huggingface, local, python_env
 from opus_jax.data.corpora.cap import capped
+from opus_jax.data.corpora.store import reader_version
 from opus_jax.data.documents import Corpus, Document, Domain, Problems, require_known
 from opus_jax.data.noise import read_noise
 
@@ -28,6 +29,7 @@ def load_corpus(config: CorpusConfig) -> Corpus:
       UserError: the source is absent or unreadable.
     """
     corpus = LOADERS[config.name](config)
+    corpus = dataclasses.replace(corpus, versions=corpus.versions | {"reader": reader_version()})
     if config.domains is not None:
         require_known("corpus.domains", config.domains, [d.name for d in corpus.domains])
         corpus = dataclasses.replace(corpus, domains=tuple(d for d in corpus.domains if d.name in config.domains))

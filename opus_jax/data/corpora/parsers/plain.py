@@ -1,0 +1,66 @@
+"""Files whose text needs no parsing, and the tidying that all parsers share."""
+
+import gzip
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from opus_jax.data.corpora.pieces import PIECE_CHARACTERS, pieces
+from opus_jax.data.documents import Document
+
+_SHORTEST = 100  # characters; shorter documents are pointers and empty pages
+_INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff")) | {0x00A0: " ", 0x000C: "\n"}
+
+
+def files(root: Path, pattern: str) -> Iterator[Path]:
+    """Regular files below `root` that match a glob, sorted; links are not followed out of an unpacked package."""
+    return (path for path in sorted(root.glob(pattern)) if path.is_file() and not path.is_symlink())
+
+
+def text_of(path: Path) -> str:
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return raw.decode("utf-8", "replace")
+
+
+def documents(text: str, source: str, size: int = PIECE_CHARACTERS) -> Iterator[Document]:
+    """Tidied `text` in documents of about `size` characters, numbered where there are several."""
+    parts = [part for part in pieces(tidy(text), size) if len(part) >= _SHORTEST]
+    for number, part in enumerate(parts, 1):
+        yield Document(part, f"{source} ({number} of {len(parts)})" if len(parts) > 1 else source)
+
+
+def grouped(entries: Iterable[str], source: str, size: int = 6_000) -> Iterator[Document]:
+    """Documents of consecutive short entries, about `size` characters each."""
+    group: list[str] = []
+    length = 0
+    for entry in entries:
+        group.append(tidy(entry))
+        length += len(group[-1])
+        if length >= size:
+            yield from documents("\n\n".join(group), f"{source}: {_name(group[0])}", 2 * size)
+            group, length = [], 0
+    if group:
+        yield from documents("\n\n".join(group), f"{source}: {_name(group[0])}", 2 * size)
+
+
+def tidy(text: str) -> str:
+    """Unix line ends, no invisible characters, no white space at line ends, at most two empty lines in a row."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_INVISIBLE)
+    return re.sub(r"\n{4,}", "\n\n\n", re.sub(r"[ \t]+(?=\n)", "", text)).strip("\n")
+
+
+def plain_files(*patterns: str, without: str | None = None):
+    """A parser of all files that match the globs, less those whose path matches the expression `without`."""
+
+    def parse(root: Path, package: str) -> Iterator[Document]:
+        for pattern in patterns:
+            for path in files(root, pattern):
+                name = path.relative_to(root).as_posix()
+                if without is None or not re.search(without, name):
+                    yield from documents(text_of(path), f"{package}: {path.name}")
+
+    return parse
+
+
+def _name(entry: str) -> str:
+    return re.split(r"[\n:;,\\]", entry.strip(), maxsplit=1)[0][:60]

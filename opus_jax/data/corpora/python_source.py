@@ -1,0 +1,73 @@
+"""Take Python source apart: its documentation, its code without documentation, and sources that no one wrote by hand."""
+
+import ast
+import re
+import warnings
+from collections.abc import Iterator
+
+_HEAD_CHARACTERS = 500  # where generated files say so
+_GENERATED = re.compile(r"auto[- ]?generated|generated (by|from|with)|do not edit", re.IGNORECASE)
+_TABLE_ROW = re.compile(r"\s*[\[({]*\s*([brufBRUF]{0,2}['\"]|[-+]?(0x)?\d)")
+_TABLE_SHARE = 0.5  # of the lines
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def parse(source: str) -> ast.Module | None:
+    """The syntax tree, or None where the source is not valid for this Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the escapes and comparisons of other people's code
+        try:
+            return ast.parse(source)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return None
+
+
+def documentation(tree: ast.Module, module: str) -> str:
+    """All docstrings of a module, each below the dotted name of what it documents, in source order."""
+    return "\n\n\n".join(f"{name}\n\n{text}" for name, text in _docstrings(tree, module))
+
+
+def without_docstrings(source: str, tree: ast.Module) -> str:
+    """The source without its docstrings; a body that held nothing else gets `...`, so the result still parses."""
+    lines = source.splitlines(keepends=True)
+    for node in _documented(tree):
+        first = node.body[0] if node.body else None
+        if first is None or not _is_docstring(first):
+            continue
+        start, end = first.lineno - 1, first.end_lineno or first.lineno
+        alone = lines[start][: first.col_offset].isspace() or first.col_offset == 0
+        if alone and lines[end - 1].rstrip().endswith(("'", '"')):  # not behind a def, not before a semicolon
+            indent = " " * first.col_offset
+            lines[start:end] = [indent + "...\n" if len(node.body) == 1 and indent else ""] + [""] * (end - start - 1)
+    return "".join(lines).strip("\n")
+
+
+def is_generated(source: str) -> bool:
+    """True when the head of the file says that a program wrote it."""
+    return _GENERATED.search(source[:_HEAD_CHARACTERS]) is not None
+
+
+def is_table(source: str) -> bool:
+    """True when most lines begin with a literal: encodings, lists of names, test vectors."""
+    lines = [line for line in source.splitlines() if line.strip()]
+    rows = sum(1 for line in lines if _TABLE_ROW.match(line))
+    return len(lines) > 20 and rows > _TABLE_SHARE * len(lines)
+
+
+def _docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
+    stack: list[tuple[ast.AST, str]] = [(tree, module)]
+    while stack:
+        node, name = stack.pop()
+        text = ast.get_docstring(node) if isinstance(node, _DOCUMENTED) else None
+        if text and text.strip():
+            yield name, text
+        inner = [child for child in ast.iter_child_nodes(node) if isinstance(child, _DOCUMENTED)]
+        stack.extend((child, f"{name}.{child.name}") for child in reversed(inner))  # type: ignore[attr-defined]
+
+
+def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED))
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
