@@ -1,6 +1,8 @@
 """States that tests and their child processes save: every kind of leaf a training state has."""
 
+import functools
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +26,11 @@ def make_mesh(*shape: int, names: str = "ab") -> Mesh:
 
 def make_state(seed: int, mesh: Mesh) -> dict[str, Any]:
     """Muon on matrices, AdamW on the rest, clipping; a typed key, an int scalar, a bfloat16 leaf."""
+    return _state_maker(mesh)(seed)
 
+
+@functools.cache
+def _state_maker(mesh: Mesh) -> Callable[[int], dict[str, Any]]:
     def build(seed: jax.Array) -> dict[str, Any]:
         key = jax.random.key(seed)
         params = {
@@ -43,7 +49,14 @@ def make_state(seed: int, mesh: Mesh) -> dict[str, Any]:
 
     shapes = jax.eval_shape(build, 0)
     shardings = jax.tree.map(lambda x: NamedSharding(mesh, _spec(x, mesh)), shapes)
-    return jax.jit(build, out_shardings=shardings)(seed)
+    return jax.jit(build, out_shardings=shardings)
+
+
+def make_small_state(mesh: Mesh) -> dict[str, Any]:
+    """Quick to build: for processes that are started only to be killed."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    leaves = {"step": np.int32(0), "params": {"w": np.ones((64, 64), np.float32)}, "key": jax.random.key(7)}
+    return jax.tree.map(lambda x: jax.device_put(x, everywhere), leaves)
 
 
 def abstract(state: Any, mesh: Mesh) -> Any:

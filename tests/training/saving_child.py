@@ -11,14 +11,14 @@ import sys
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
-from checkpoint_states import DATA, abstract, make_mesh, make_state, state_hash
+from checkpoint_states import DATA, abstract, make_mesh, make_small_state, state_hash
 
 from opus_jax.training.checkpoint import Checkpoints
 
 
 def main() -> None:
     mesh = make_mesh(1)
-    state = make_state(0, mesh)
+    state = make_small_state(mesh)
     update = jax.jit(
         lambda s: s | {"step": s["step"] + 1, "params": jax.tree.map(lambda p: p * 1.01 + 0.1, s["params"])},
         donate_argnums=0,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from checkpoint_states import DATA, META, abstract, make_mesh, make_state, state_hash
+from checkpoint_states import DATA, META, abstract, make_mesh, make_small_state, make_state, state_hash
 
 from opus_jax.errors import UserError
 from opus_jax.training.checkpoint import Checkpoints, committed_steps, load_params
@@ -83,7 +83,7 @@ def test_restores_on_another_mesh(two_saved, states, shape):
 def test_donated_buffers_do_not_reach_the_save(tmp_path, mesh):
     """The loop donates the state to the next step right after `save` returns."""
     advance = jax.jit(lambda x: jax.tree.map(lambda a: a * -3 + 1, x), donate_argnums=0)
-    params = make_state(1, mesh)["params"]
+    params = make_small_state(mesh)["params"]
     expected = {}
     with Checkpoints(tmp_path, 9, False) as checkpoints:
         for step in range(1, 6):
@@ -267,7 +267,7 @@ def kill_and_restore(directory: Path, mesh, rounds: int, seed: int) -> int:
                 if len(reported) == 3:
                     time.sleep(pause.uniform(0, 0.25))
                     child.kill()
-        restored, said = restore(directory, make_state(0, mesh), mesh)
+        restored, said = restore(directory, make_small_state(mesh), mesh)
         step, state, _, meta = restored
         assert reported[step] == state_hash(state) == meta["hash"]
         assert max(reported) - step <= 2
