@@ -12,19 +12,19 @@ MODULUS = 1 << 32
 STRIDE = 2654435769  # the odd number nearest to 2^32 / golden ratio
 
 
-def boundaries(weights: Float[np.ndarray, " G"]) -> Int[np.ndarray, " G+1"]:
+def boundaries(weights: Float[np.ndarray, " G"]) -> Int[np.ndarray, " bounds"]:
     """int64[G + 1]: domain g owns the points boundaries[g] <= x < boundaries[g + 1]."""
     cumulative = np.cumsum(weights)
     return np.concatenate([[0], np.round(cumulative / cumulative[-1] * MODULUS)]).astype(np.int64)
 
 
-def domain_of(slots: Int[np.ndarray, " P"], bounds: Int[np.ndarray, " G+1"]) -> Int[np.ndarray, " P"]:
+def domain_of(slots: Int[np.ndarray, " P"], bounds: Int[np.ndarray, " bounds"]) -> Int[np.ndarray, " P"]:
     """int64[P]: the domain of every slot."""
     points = slots.astype(np.uint64) * np.uint64(STRIDE) % np.uint64(MODULUS)
     return np.searchsorted(bounds, points.astype(np.int64), side="right") - 1
 
 
-def count_before(slot: int, bounds: Int[np.ndarray, " G+1"]) -> Int[np.ndarray, " G"]:
+def count_before(slot: int, bounds: Int[np.ndarray, " bounds"]) -> Int[np.ndarray, " G"]:
     """int64[G]: how many of the slots 0 .. slot - 1 each domain has."""
     below = [_points_below(slot, int(bound)) for bound in bounds]
     return np.diff(np.array(below, np.int64))

@@ -6,6 +6,7 @@ The manifest is written last.
 """
 
 import hashlib
+import itertools
 import json
 import threading
 from collections.abc import Sequence
@@ -86,7 +87,7 @@ class Manifest:
         return manifest
 
     def save(self, folder: str | Path) -> None:
-        (Path(folder) / MANIFEST_FILE).write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+        (Path(folder) / MANIFEST_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     def total_rows(self, split: str) -> int:
         return sum(self.rows[split].values())
@@ -117,6 +118,10 @@ class Manifest:
 
 
 _AGAIN = "delete the folder and run opus-jax prepare again"
+
+
+def row_documents_file(split: str) -> str:
+    return f"{split}.documents.npy"
 
 
 def sha256(file: str | Path) -> str:
@@ -158,12 +163,12 @@ class RowReader:
     def domain_rows(self) -> list[range]:
         """The rows of each domain."""
         starts = self.manifest.domain_starts(self.split)
-        return [range(int(a), int(b)) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        return [range(int(a), int(b)) for a, b in itertools.pairwise(starts)]
 
     @cached_property
     def row_documents(self) -> np.ndarray:
         """int64[rows, S], mapped into memory: the document ids of every row's segments, -1 where there is none."""
-        return np.load(self.folder / f"{self.split}.documents.npy", mmap_mode="r")
+        return np.load(self.folder / row_documents_file(self.split), mmap_mode="r" if len(self) else None)
 
     def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Records of many rows, a structured array in the order asked for; one read for each shard they lie in.
@@ -173,7 +178,7 @@ class RowReader:
           UserError: the shard is damaged.
         """
         wanted = np.asarray(indices, np.int64)
-        if wanted.size and not (0 <= wanted.min() and wanted.max() < len(self)):
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
             raise IndexError(f"row {wanted.min()} or {wanted.max()} of {len(self)} rows")
         shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
         records = np.empty(wanted.shape, self.dtype)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 import sentencepiece
@@ -24,7 +25,7 @@ SEPARATOR = "< separator >"
 # SentencePiece writes a space as U+2581, so a literal U+2581 has to go around it, as bytes.
 ESCAPED_SPACE = "\u2581"
 
-# Every way in which SentencePiece models lose text: NFKC, joined or trimmed blanks, an added prefix, unknown characters.
+# Where SentencePiece models lose text: NFKC, joined or trimmed blanks, an added prefix, unknown characters.
 _PROBE = " A  ﬁ\u2460 e\u0301\n\n\t\u3000\u2581\x00<s></s><unk><0x41> \U0001f600\ue000 "
 
 
@@ -74,7 +75,7 @@ class Tokenizer:
             ids.extend(self.encode_plain(part))
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of `ids`; special tokens vanish, and a broken character becomes U+FFFD."""
         return b"".join(self.pieces[int(i)] for i in ids).decode("utf-8", errors="replace")
 
@@ -161,6 +162,6 @@ def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, i: int) -> byt
 def _require_lossless(tokenizer: Tokenizer, where: str) -> None:
     if len(tokenizer._byte_ids) < 256 or any(tokenizer.decode(tokenizer.encode(c)) != c for c in (_PROBE, "x")):
         raise UserError(
-            f"{where} loses text: tokenizer.path needs a SentencePiece model with byte_fallback, identity normalisation, "
-            "no dummy prefix and white space kept; leave tokenizer.path null to train one"
+            f"{where} loses text: tokenizer.path needs a SentencePiece model with byte_fallback, identity "
+            "normalisation, no dummy prefix and white space kept; leave tokenizer.path null to train one"
         )

@@ -1,6 +1,7 @@
 """Training a SentencePiece model on a bounded, seeded sample of the corpus."""
 
 import hashlib
+import heapq
 import io
 import re
 from collections.abc import Iterable, Iterator
@@ -55,22 +56,27 @@ def read_model(path: str) -> bytes:
 
 
 def sample_texts(texts: Iterable[str], limit: int = SAMPLE_BYTES, seed: int = SAMPLE_SEED) -> list[str]:
-    """Texts in a seeded order that does not depend on theirs, until `limit` bytes; the last one is cut.
+    """The texts whose seeded hashes are smallest, `limit` UTF-8 bytes in all; the last one is cut.
 
-    The order is by hash of the text, so it does not change when documents are added or reordered.
+    A hash, so that the choice does not depend on the order of the texts. Holds about `limit` bytes in memory.
     """
-    keyed = sorted(((_sample_key(text, seed), text) for text in texts), key=lambda pair: pair[0])
-    chosen, room = [], limit
-    for _, text in keyed:
-        chosen.append(text[:room])
-        room -= len(chosen[-1].encode())
-        if room <= 0:
-            break
+    kept: list[tuple[int, str]] = []  # a heap with the largest hash first
+    total = 0
+    for text in texts:
+        heapq.heappush(kept, (-_sample_key(text, seed), text))
+        total += len(text.encode())
+        while total - (surplus := len(kept[0][1].encode())) >= limit:
+            heapq.heappop(kept)
+            total -= surplus
+    chosen = [text for _, text in sorted(kept, reverse=True)]
+    if total > limit:
+        chosen[-1] = chosen[-1].encode()[: limit - total].decode(errors="ignore")
     return chosen
 
 
-def _sample_key(text: str, seed: int) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=12, salt=seed.to_bytes(8, "little")).digest()
+def _sample_key(text: str, seed: int) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _sentences(texts: list[str]) -> Iterator[str]:
@@ -89,7 +95,7 @@ def _train(vocab_size: int, sentences: list[str]) -> bytes:
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
-            character_coverage=_coverage(vocab_size),
+            character_coverage=0.9995,  # rarer characters are spelled in bytes
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -109,11 +115,6 @@ def _train(vocab_size: int, sentences: list[str]) -> bytes:
     except RuntimeError as error:
         raise ConfigError("tokenizer.vocab_size", vocab_size, _reason(str(error))) from None
     return written.getvalue()
-
-
-def _coverage(vocab_size: int) -> float:
-    """Share of characters that get a token of their own; the others are spelled in bytes."""
-    return 0.9995 if vocab_size >= 1024 else 0.98
 
 
 def _reason(error: str) -> str:

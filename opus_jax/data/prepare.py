@@ -1,0 +1,116 @@
+"""`opus-jax prepare`: from a corpus to a records folder, once for every configuration that matters."""
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from opus_jax.config import Config, fingerprint
+from opus_jax.data.build_records import build_records
+from opus_jax.data.cache import cache_folder
+from opus_jax.data.corpora import load_corpus
+from opus_jax.data.documents import Corpus, Document, require_known
+from opus_jax.data.records import FORMAT_VERSION, Manifest
+from opus_jax.data.tokenizer_training import read_model
+from opus_jax.errors import ConfigError, UserError
+
+_WITHOUT_EFFECT = ("workers", "cache_dir", "weights")  # corpus keys that do not change the records
+
+
+def prepare(config: Config, progress: bool = True) -> Path:
+    """The records folder of `config`, made if it is not there yet.
+
+    The folder's name holds a fingerprint of everything that decides its content. It is filled under another name
+    and renamed at the end, under a lock, so that a killed or a second preparation leaves nothing half made.
+
+    Args:
+      progress: show a progress bar on standard error.
+
+    Raises:
+      UserError: the corpus is too small for its splits, a source is unreadable, or the cached folder is damaged.
+    """
+    corpus = load_corpus(config.corpus)
+    proxy = _proxy_files(config)
+    mark = _fingerprint(config, corpus, proxy)
+    folder = cache_folder(config.corpus) / "records" / f"{corpus.name}-{mark}"
+    if not folder.exists():
+        with _lock(folder):
+            if not folder.exists():
+                _make(config, corpus, proxy, folder, mark, progress)
+    manifest = Manifest.load(folder)
+    manifest.check_files(folder)
+    _require_rows(manifest, config)
+    return folder
+
+
+def _proxy_files(config: Config) -> list[Document]:
+    """The user's own proxy documents."""
+    if config.proxy.source != "files":
+        return []
+    from opus_jax.data.corpora.local import read_documents  # TEMP
+
+    documents = list(read_documents(config.proxy.path, config.corpus))
+    if not documents:
+        raise ConfigError("proxy.path", config.proxy.path, "holds no text")
+    return documents
+
+
+def _fingerprint(config: Config, corpus: Corpus, proxy: list[Document]) -> str:
+    decisive = {k: v for k, v in dataclasses.asdict(config.corpus).items() if k not in _WITHOUT_EFFECT}
+    tokenizer: list[str | int] = [config.tokenizer.kind]
+    if config.tokenizer.kind == "sentencepiece":
+        path = config.tokenizer.path
+        tokenizer.append(read_model(path).hex() if path else config.tokenizer.vocab_size)
+    return fingerprint(FORMAT_VERSION, decisive, corpus.versions, tokenizer, [document.text for document in proxy])
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Held by one process at a time; the system lets go of it when the process dies, however it dies."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = folder.with_name(f".{folder.name}.lock").open("w")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent} cannot be written or locked ({error.strerror}): set corpus.cache_dir"
+        ) from None
+    with file:
+        yield
+
+
+def _make(config: Config, corpus: Corpus, proxy: list[Document], folder: Path, mark: str, progress: bool) -> None:
+    """Fill a folder under another name, then give it its own."""
+    for left in folder.parent.glob(f".{folder.name}.partial-*"):
+        shutil.rmtree(left)  # by a preparation that was killed: its lock is ours now
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        manifest = build_records(config, corpus, proxy, partial, mark, progress)
+        _require_rows(manifest, config)
+        manifest.save(partial)
+        os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _require_rows(manifest: Manifest, config: Config) -> None:
+    """Raise UserError where a split that this configuration reads has no row."""
+    for split in ("train", "validation"):
+        if not manifest.total_rows(split):
+            raise UserError(f"corpus {manifest.name} has no {split} rows: give more documents")
+    if config.selection.method != "opus":
+        return
+    wanted = config.proxy.domains if config.proxy.source == "heldout" else []
+    require_known("proxy.domains", wanted, manifest.domains)
+    empty = [domain for domain in wanted if not manifest.rows["proxy"][domain]]
+    if empty or not manifest.total_rows("proxy"):
+        where = f"domain {empty[0]!r}" if empty else "any domain"
+        raise UserError(
+            f"corpus {manifest.name} has no proxy rows in {where}: give more documents there, "
+            f"raise corpus.proxy_share = {config.corpus.proxy_share}, or name other proxy.domains"
+        )
