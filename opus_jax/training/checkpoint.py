@@ -5,7 +5,6 @@ temporary folder and renames that when everything is on disk; afterwards process
 (`integrity.py`). Every process calls `save` and `restore`, from its main thread.
 """
 
-import json
 import logging
 import math
 import shutil
@@ -19,16 +18,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 
 from opus_jax.errors import UserError
-from opus_jax.training import integrity
+from opus_jax.training import checkpoint_format, integrity
 
 Say = Callable[[str], None]
 Restored = tuple[int, Any, dict[str, np.ndarray], dict[str, Any]]
 
-_TEMPORARY = ".orbax-checkpoint-tmp"
 _DAMAGED = "damaged-"
 
 
@@ -44,12 +41,12 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, keep: int, best: bool, *, say: Say | None = None):
         self.directory = Path(directory).absolute()
-        self._policy = _preservation(keep, best)
+        self._keep, self._best = keep, best
         self._say = (say or _print) if jax.process_index() == 0 else _silent
-        self._checkpointer: ocp.training.Checkpointer | None = None
+        self._checkpointer: Any | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
-        _quiet_orbax()
+        checkpoint_format.quiet_orbax()
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             _clean(self.directory)
@@ -89,7 +86,7 @@ class Checkpoints:
         metrics = {"metric": float(metric)} if metric is not None and math.isfinite(metric) else None
         try:
             response = self._open().save_checkpointables_async(
-                step, _pack(state, data, meta), force=True, metrics=metrics
+                step, checkpoint_format.pack(state, data, meta), force=True, metrics=metrics
             )
         except Exception as error:
             raise self._failure(step, error) from error
@@ -148,7 +145,7 @@ class Checkpoints:
         self.wait()
         damaged: list[int] = []
         for step in reversed(self.steps()):
-            restored = _read_verified(self.directory, step, _reader(abstract_state), self._say)
+            restored = _read_verified(self.directory, step, checkpoint_format.state_reader(abstract_state), self._say)
             if restored is not None:
                 self._set_aside(damaged)
                 return step, *restored
@@ -156,13 +153,10 @@ class Checkpoints:
         _refuse_restart(self.directory, damaged)
         return None
 
-    def _open(self) -> ocp.training.Checkpointer:
+    def _open(self) -> Any:
         """Opened at the first save, when `restore` has set damaged steps aside: they must not count as kept."""
         if self._checkpointer is None:
-            every = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
-            self._checkpointer = ocp.training.Checkpointer(
-                self.directory, save_decision_policy=every, preservation_policy=self._policy
-            )
+            self._checkpointer = checkpoint_format.open_checkpointer(self.directory, self._keep, self._best)
         return self._checkpointer
 
     def _finish(self, step: int, response: Any) -> None:
@@ -205,10 +199,10 @@ def load_params(run_dir: str | Path, *, say: Say | None = None) -> tuple[dict[st
       UserError: the run has no checkpoint, or none is readable.
     """
     directory = Path(run_dir).absolute() / "checkpoints"
-    _quiet_orbax()
+    checkpoint_format.quiet_orbax()
     steps = committed_steps(directory)
     for step in reversed(steps):
-        found = _read_verified(directory, step, _read_params, say or _print)
+        found = _read_verified(directory, step, checkpoint_format.read_params, say or _print)
         if found is not None:
             return found[0], step, found[1]
     _refuse_restart(directory, steps)
@@ -243,24 +237,6 @@ def _read_verified(directory: Path, step: int, read: Callable[[Path], Any], say:
     return None
 
 
-def _reader(abstract_state: Any) -> Callable[[Path], tuple[Any, dict[str, np.ndarray], dict[str, Any]]]:
-    def read(folder: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, Any]]:
-        loaded = ocp.load_checkpointables(folder, {"state": abstract_state, "data": None, "meta": None})
-        return loaded["state"], *_unpack(loaded["data"], loaded["meta"])
-
-    return read
-
-
-def _read_params(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    saved = ocp.checkpointables_metadata(folder).metadata["state"]
-    wanted = {
-        name: jax.tree.map(lambda leaf, own=name == "params": np.empty(0, leaf.dtype) if own else ocp.PLACEHOLDER, part)
-        for name, part in saved.items()
-    }
-    loaded = ocp.load_checkpointables(folder, {"state": wanted, "data": None, "meta": None})
-    return loaded["state"]["params"], _unpack(loaded["data"], loaded["meta"])[1]
-
-
 def _refuse_restart(directory: Path, damaged: list[int]) -> None:
     """Beginning again from step 0 is the user's decision, wherever a checkpoint has once been."""
     gone = [] if damaged else integrity.hashed_steps(directory)
@@ -273,44 +249,15 @@ def _refuse_restart(directory: Path, damaged: list[int]) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------- writing
-
-
-def _pack(state: Any, data: dict[str, np.ndarray], meta: dict[str, Any]) -> dict[str, Any]:
-    """JSON goes as one text, since the array store would make an array of each number; it refuses empty arrays."""
-    arrays = {name: np.asarray(array) for name, array in data.items()}
-    empty = {name: [str(a.dtype), list(a.shape)] for name, a in arrays.items() if a.size == 0}
-    stored = {name: array for name, array in arrays.items() if array.size}
-    text = json.dumps({"meta": meta, "empty": empty})
-    return {"state": state, "data": {"arrays": stored}, "meta": {"json": text}}
-
-
-def _unpack(data: Any, meta: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    envelope = json.loads(meta["json"])
-    empty = {name: np.zeros(shape, dtype) for name, (dtype, shape) in envelope["empty"].items()}
-    return {name: np.asarray(array) for name, array in (data["arrays"] or {}).items()} | empty, envelope["meta"]
-
-
-def _preservation(keep: int, best: bool) -> Any:
-    policies = ocp.training.preservation_policies
-    newest = policies.LatestN(keep)
-    if not best:
-        return newest
-    lowest = policies.BestN(
-        get_metric_fn=lambda metrics: metrics["metric"], reverse=True, n=1, keep_checkpoints_without_metrics=False
-    )
-    return policies.AnyPreservationPolicy([newest, lowest])
-
-
 def _clean(directory: Path) -> None:
     """Remove what a killed process left: unfinished saves, and lists of hashes without a step."""
-    for folder in directory.glob(f"*{_TEMPORARY}*"):
+    for folder in directory.glob(f"*{checkpoint_format.TEMPORARY}*"):
         shutil.rmtree(folder, ignore_errors=True)
     if committed_steps(directory):
         integrity.remove_orphans(directory)
 
 
-def _close(checkpointer: ocp.training.Checkpointer) -> None:
+def _close(checkpointer: Any) -> None:
     try:
         checkpointer.close()
     except Exception as error:  # `wait` has raised it already: it raises once in each thread
@@ -334,17 +281,6 @@ def _barrier(name: str) -> None:
 def _cause(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-
-
-def _quiet_orbax() -> None:
-    """Its failures reach the caller as exceptions; its log would bury the one line that says what to do."""
-    logger = logging.getLogger("absl")
-    if _not_from_orbax not in logger.filters:
-        logger.addFilter(_not_from_orbax)
-
-
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
 
 
 def _print(line: str) -> None:

@@ -264,7 +264,7 @@ def kill_and_restore(directory: Path, mesh, rounds: int, seed: int) -> int:
             for line in child.stdout:
                 step, digest = line.split()
                 reported[int(step)] = digest
-                if len(reported) == 3:
+                if len(reported) == 4:  # by now one save is committed
                     time.sleep(pause.uniform(0, 0.25))
                     child.kill()
         restored, said = restore(directory, make_small_state(mesh), mesh)
