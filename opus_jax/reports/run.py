@@ -1,0 +1,172 @@
+"""A run folder as data: configuration, summary and metrics, of a run that has ended, is going on, or was killed."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from opus_jax.config import Config
+from opus_jax.errors import UserError
+from opus_jax.reports.selection_reader import SelectionReader
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric over steps; NaN where the run wrote a number that is not finite."""
+
+    steps: Int64[np.ndarray, " n"]
+    values: Float64[np.ndarray, " n"]
+
+    @property
+    def last(self) -> float | None:
+        return float(self.values[-1]) if len(self.values) else None
+
+
+EMPTY = Series(np.zeros(0, np.int64), np.zeros(0))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says of itself.
+
+    Attributes:
+      name: what it is called in the report: its folder's name.
+      summary: summary.json; None while the run is unfinished.
+      scalars: metrics by name.
+      by_domain: metrics that have one value for each domain: by name, then by domain.
+    """
+
+    folder: Path
+    name: str
+    config: Config
+    summary: dict[str, Any] | None
+    scalars: dict[str, Series] = field(repr=False)
+    by_domain: dict[str, dict[str, Series]] = field(repr=False)
+
+    @property
+    def method(self) -> str:
+        return self.config.selection.method
+
+    @property
+    def steps(self) -> int:
+        """The last step in the log; 0 if there is none."""
+        return int(self["loss"].steps[-1]) if len(self["loss"].steps) else 0
+
+    @property
+    def domains(self) -> list[str]:
+        """Names in the order of the domain ids; empty before the first logged step."""
+        return list(self.by_domain.get("selected_share", {}))
+
+    @property
+    def targets(self) -> list[str]:
+        """Domains whose validation text is the target: the proxy's, or all."""
+        return list(self.config.proxy.domains) or self.domains
+
+    @property
+    def scores(self) -> bool:
+        """Whether the method measures the candidates it chooses from."""
+        return self.method not in ("random", "none")
+
+    @cached_property
+    def selection(self) -> SelectionReader:
+        """The selection log; nothing is read before it is asked for something."""
+        return SelectionReader(self.folder / "selection")
+
+    def __getitem__(self, metric: str) -> Series:
+        """A metric by name, without any point if the run never logged it."""
+        return self.scalars.get(metric, EMPTY)
+
+    def at(self, metric: str, steps: Int64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+        """A running total at any steps: between logged steps by interpolation, NaN if it was never logged."""
+        series = self[metric]
+        if not len(series.steps):
+            return np.full(len(steps), np.nan)
+        return np.interp(steps, series.steps, series.values)
+
+    def total(self, metric: str) -> float | None:
+        """The run's final value of a total: from the summary, else the last one logged, else None."""
+        if self.summary is not None and self.summary.get(metric) is not None:
+            return float(self.summary[metric])
+        return self[metric].last
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run folder. A torn last line of metrics.jsonl, as a running or killed process leaves, is not read.
+
+    Raises:
+      UserError: the folder is not a run, or one of its files is damaged.
+    """
+    folder = Path(folder).resolve()
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is not a run folder (config.yaml is absent): give the run.dir of a training run")
+    scalars, by_domain = _columns(_lines(folder / "metrics.jsonl"))
+    return Run(folder, folder.name, Config.load(folder), _summary(folder / "summary.json"), scalars, by_domain)
+
+
+def sibling(run: Run, suffix: str = "-random") -> Path | None:
+    """The run folder beside this one that has this one's name and a suffix, if there is one."""
+    folder = run.folder.with_name(run.folder.name + suffix)
+    return folder if (folder / "config.yaml").is_file() else None
+
+
+def _summary(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): delete it, and run the training command again") from None
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    if not file.is_file():
+        return
+    with file.open(encoding="utf-8") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.endswith("\n"):
+                return
+            try:
+                yield _restored(json.loads(line))
+            except (ValueError, AttributeError) as error:
+                raise UserError(f"{file}:{number} is damaged ({error}): delete that line") from None
+
+
+def _restored(line: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that strict JSON cannot hold stand as null and are named under `nonfinite`."""
+    lost = line.pop("nonfinite", {})
+    for name, value in line.items():
+        if isinstance(value, dict):
+            line[name] = {
+                domain: np.nan if x is None and f"{name}/{domain}" in lost else x for domain, x in value.items()
+            }
+        elif value is None and name in lost:
+            line[name] = np.nan
+    return line
+
+
+def _columns(lines: Iterator[dict[str, Any]]) -> tuple[dict[str, Series], dict[str, dict[str, Series]]]:
+    scalars: dict[str, dict[int, float]] = {}
+    nested: dict[str, dict[str, dict[int, float]]] = {}
+    for line in lines:
+        step = int(line["step"])
+        for name, value in line.items():
+            if isinstance(value, dict):
+                for domain, x in value.items():
+                    if isinstance(x, int | float):
+                        nested.setdefault(name, {}).setdefault(domain, {})[step] = float(x)
+            elif isinstance(value, int | float):
+                scalars.setdefault(name, {})[step] = float(value)
+    return (
+        {name: _series(points) for name, points in scalars.items()},
+        {name: {domain: _series(points) for domain, points in inner.items()} for name, inner in nested.items()},
+    )
+
+
+def _series(points: dict[int, float]) -> Series:
+    order = sorted(points)
+    return Series(np.array(order, np.int64), np.array([points[step] for step in order]))
