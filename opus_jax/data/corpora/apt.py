@@ -33,13 +33,17 @@ class Apt:
           UserError: no package of this release matches.
         """
         patterns = list(patterns)
-        listing = _run(["apt-cache", *self._options, "search", "--names-only", f"^({'|'.join(patterns)})$"], "searching")
+        listing = _run(
+            ["apt-cache", *self._options, "search", "--names-only", f"^({'|'.join(patterns)})$"], "searching"
+        )
         names = [line.split(" - ")[0].strip() for line in listing.splitlines()]
         resolved = {}
         for pattern in patterns:
             found = [name for name in names if re.fullmatch(pattern, name)]
             if not found:
-                raise UserError(f"no package named {pattern!r} in apt's sources: leave its domain out of corpus.domains")
+                raise UserError(
+                    f"no package named {pattern!r} in apt's sources: leave its domain out of corpus.domains"
+                )
             resolved[pattern] = max(found, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
         return resolved
 
@@ -101,5 +105,7 @@ def _run(command: list[str], doing: str, cwd: Path | None = None) -> str:
     if done.returncode:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in said if line.startswith(("E:", "ERROR"))] or said
-        raise UserError(f"{doing} failed ({' '.join(command[:1])}): {errors[-1] if errors else 'no message'}; {_INSTEAD}")
+        raise UserError(
+            f"{doing} failed ({' '.join(command[:1])}): {errors[-1] if errors else 'no message'}; {_INSTEAD}"
+        )
     return done.stdout

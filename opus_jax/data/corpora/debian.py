@@ -40,7 +40,10 @@ class _Source:
 
 
 _POSTGRES = html_files("usr/share/doc/postgresql-doc-*/html/*.html", without=r"/(bookindex|index)\.html$")
-_SQLITE = html_files("usr/share/doc/sqlite3/**/*.html", without=r"/(releaselog|images)/|keyword_index|doclist|sitemap")
+_SQLITE = html_files(
+    "usr/share/doc/sqlite3/**/*.html",
+    without=r"/(releaselog|images|syntax)/|/doc_\w+\.html|keyword_index|doclist|sitemap",
+)
 _KERNEL = plain_files("usr/share/doc/linux-doc-*/html/_sources/**/*.txt", without=r"/translations/")
 _PYTHON = plain_files("usr/share/doc/python3*/html/_sources/**/*.txt")
 _PIP = "pip:"  # marks a project of the Python package index instead of a Debian package
@@ -54,10 +57,14 @@ SOURCES = {
     "glosses": _Source("WordNet 3.0 licence", {"wordnet-base": wordnet}),
     "biology": _Source("Artistic-2.0 (package)", {"r-bioc-go[.]db": gene_ontology}),
     "kernel-docs": _Source("GPL-2 and others, by file", {"linux-doc-[0-9][0-9.]*": _KERNEL}),
-    "databases": _Source("PostgreSQL licence; SQLite: public domain", {"postgresql-doc-[0-9]+": _POSTGRES, "sqlite3-doc": _SQLITE}),
+    "databases": _Source(
+        "PostgreSQL licence; SQLite: public domain", {"postgresql-doc-[0-9]+": _POSTGRES, "sqlite3-doc": _SQLITE}
+    ),
     "python-docs": _Source("PSF-2.0 and bundled permissive licences", {"python3[.][0-9]+-doc": _PYTHON}),
     "python-code": _Source("PSF-2.0", {"libpython3[.][0-9]+-stdlib": plain_files("usr/lib/python3*/**/*.py")}),
-    "legal": _Source("collection: CC-BY-4.0; each licence text has its own terms", {_PIP + "scancode-toolkit-mini": licence_texts}),
+    "legal": _Source(
+        "collection: CC-BY-4.0; each licence text has its own terms", {_PIP + "scancode-toolkit-mini": licence_texts}
+    ),
 }
 
 
@@ -74,7 +81,9 @@ def load(config: CorpusConfig) -> Corpus:
     sources = {name: source for name, source in SOURCES.items() if name in wanted}
     parsers = {pattern: parser for source in sources.values() for pattern, parser in source.packages.items()}
     archives = fetch(list(parsers), cache)
-    parsed = {pattern: _parsed(archives[pattern], parsers[pattern], cache) for pattern in _with_progress("reading", parsers)}
+    parsed = {
+        pattern: _parsed(archives[pattern], parsers[pattern], cache) for pattern in _with_progress("reading", parsers)
+    }
     domains = tuple(
         Domain(name, source.licence, functools.partial(_documents, [parsed[pattern] for pattern in source.packages]))
         for name, source in sources.items()

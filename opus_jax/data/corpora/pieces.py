@@ -1,5 +1,6 @@
 """Cut a long text into documents of readable size at its own boundaries."""
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -7,15 +8,16 @@ PIECE_CHARACTERS = 16_000
 
 
 def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Parts of `text`, in order, of about `size` characters each.
+    """Parts of `text`, in order, of about equal length and of about `size` characters at most.
 
-    A part ends at a paragraph (an empty line); a paragraph much longer than `size` is cut at a line end, and a line
-    much longer than that at `size` itself. White space around a part is dropped, nothing else is.
+    A part ends at a paragraph (an empty line); a paragraph longer than `size` is cut at a line end, and a line longer
+    than that at `size` itself. Empty lines around a part are dropped, nothing else is.
     """
+    target = len(text) / max(1, math.ceil(len(text) / size))
     part: list[str] = []
     length = 0
     for paragraph in _bounded(text, size):
-        if part and length + len(paragraph) > size:
+        if part and length + len(paragraph) / 2 > target:
             yield from _stripped(part)
             part, length = [], 0
         part.append(paragraph)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
-from opus_jax.data.corpora.parsers.plain import documents, files, text_of
+from opus_jax.data.corpora.parsers.plain import documents, files, short_name, text_of
 from opus_jax.data.documents import Document
 
 _BLOCKS = frozenset("p div section article table ul ol dl blockquote pre h1 h2 h3 h4 h5 h6 hr form center".split())
@@ -28,11 +28,9 @@ def html_files(*patterns: str, without: str | None = None):
     """A parser of all pages that match the globs, less those whose path matches the expression `without`."""
 
     def parse(root: Path, package: str) -> Iterator[Document]:
-        for pattern in patterns:
-            for path in files(root, pattern):
-                name = path.relative_to(root).as_posix()
-                if without is None or not re.search(without, name):
-                    yield from documents(page_text(text_of(path)), f"{package}: {path.name}")
+        for path in (path for pattern in patterns for path in files(root, pattern)):
+            if without is None or not re.search(without, path.as_posix()):
+                yield from documents(page_text(text_of(path)), f"{package}: {short_name(path)}")
 
     return parse
 

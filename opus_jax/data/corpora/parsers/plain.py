@@ -13,8 +13,14 @@ _INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff")) | {
 
 
 def files(root: Path, pattern: str) -> Iterator[Path]:
-    """Regular files below `root` that match a glob, sorted; links are not followed out of an unpacked package."""
-    return (path for path in sorted(root.glob(pattern)) if path.is_file() and not path.is_symlink())
+    """Regular files below `root` that match a glob, sorted. Links are not followed: packages link folders twice."""
+    root = root.resolve()
+    return (path for path in sorted(root.glob(pattern)) if path.is_file() and path.resolve() == path)
+
+
+def short_name(path: Path) -> str:
+    """The file's name with its folder, which is enough to find it in a package."""
+    return "/".join(path.parts[-2:])
 
 
 def text_of(path: Path) -> str:
@@ -53,11 +59,9 @@ def plain_files(*patterns: str, without: str | None = None):
     """A parser of all files that match the globs, less those whose path matches the expression `without`."""
 
     def parse(root: Path, package: str) -> Iterator[Document]:
-        for pattern in patterns:
-            for path in files(root, pattern):
-                name = path.relative_to(root).as_posix()
-                if without is None or not re.search(without, name):
-                    yield from documents(text_of(path), f"{package}: {path.name}")
+        for path in (path for pattern in patterns for path in files(root, pattern)):
+            if without is None or not re.search(without, path.as_posix()):
+                yield from documents(text_of(path), f"{package}: {short_name(path)}")
 
     return parse
 

@@ -12,8 +12,12 @@ from opus_jax.data.corpora.parsers.rdata import text_vectors
 from opus_jax.data.documents import Document
 
 _CHAPTER = re.compile(r"^(?=(?:CHAPTER|Chapter|VOLUME) [IVXLC\d]+)", re.MULTILINE)
-_PROVENANCE = re.compile(r"^\s*\[(?:1913 Webster|Webster 1913 Suppl\.|PJC|WordNet [\d.]+|Century Dict[^\]]*)\]\n", re.MULTILINE)
-_BASE64 = {character: i for i, character in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")}
+_PROVENANCE = re.compile(
+    r"^\s*\[(?:1913 Webster|Webster 1913 Suppl\.|PJC|WordNet [\d.]+|Century Dict[^\]]*)\]\n", re.MULTILINE
+)
+_BASE64 = {
+    character: i for i, character in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")
+}
 
 
 def novels(root: Path, package: str) -> Iterator[Document]:
@@ -61,7 +65,9 @@ def licence_texts(wheel: Path, package: str) -> Iterator[Document]:
         for name in sorted(archive.namelist()):
             if re.fullmatch(r"licensedcode/data/licenses/[^/]+\.LICENSE", name):
                 text = archive.read(name).decode("utf-8", "replace")
-                yield from documents(re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL), f"{package}: {Path(name).stem}")
+                yield from documents(
+                    re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL), f"{package}: {Path(name).stem}"
+                )
 
 
 def _synset(line: str) -> str:

@@ -16,7 +16,8 @@ from opus_jax.data.documents import Document
 
 _CHAPTER = re.compile(r'<chapter [^>]*osisID="([^"]+)"')
 _NOTE = re.compile(r"<note\b.*?</note>", re.DOTALL)
-_BREAK = re.compile(r'<(?:div [^>]*sID=[^>]*type="x-p"|/?title\b|lb\b|/?p\b|/row\b|/l\b|l [^>]*eID|lg\b)[^>]*>')
+_PARAGRAPH = re.compile(r'<(?:div [^>]*sID=[^>]*type="x-p"|/?title\b|/?p\b|lg\b)[^>]*>')
+_LINE = re.compile(r"<(?:lb\b|/row\b|/l\b|l [^>]*eID)[^>]*>")
 _TAG = re.compile(r"<[^>]*>")
 
 
@@ -34,11 +35,11 @@ def sword_modules(root: Path, package: str) -> Iterator[Document]:
 
 
 def plain_text(osis: str) -> str:
-    """OSIS markup to text: notes go, paragraphs and titles become lines, entities are decoded."""
-    text = _BREAK.sub("\n", _NOTE.sub(" ", osis))
+    """OSIS markup to text: notes go, paragraphs, titles and lines of verse are kept, entities are decoded."""
+    text = _PARAGRAPH.sub("\n\n", _LINE.sub("\n", _NOTE.sub(" ", osis)))
     text = html.unescape(_TAG.sub("", text))
-    text = re.sub(r"[ \t]+", " ", text)
-    return re.sub(r" (?=[,.;:!?])", "", re.sub(r" ?\n\s*", "\n\n", text))
+    text = re.sub(r" *\n *", "\n", re.sub(r"[ \t]+", " ", text))
+    return re.sub(r" (?=[,.;:!?])", "", re.sub(r"\n{3,}", "\n\n", text))
 
 
 def _entries(index: Path) -> Iterator[str]:
