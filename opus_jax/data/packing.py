@@ -15,7 +15,7 @@ from jaxtyping import Int
 MIN_SEGMENT = 8  # a shorter rest of a row is padding, unless a whole document fits in it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Where every chunk of every document goes; P segments, in row order.
 

@@ -18,7 +18,7 @@ from opus_jax.data.records import Manifest
 from opus_jax.errors import ConfigError, UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The stream from `first_step` on.
 

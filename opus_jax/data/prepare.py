@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import os
 import shutil
@@ -93,8 +94,10 @@ def _make(config: Config, corpus: Corpus, proxy: list[Document], folder: Path, m
         _require_rows(manifest, config)
         manifest.save(partial)
         os.rename(partial, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if os.strerror(errno.ENOSPC) in str(error):  # three libraries write here, with an error class each
+            raise UserError(f"no space left in {folder.parent}: free some, or set corpus.cache_dir") from None
         raise
 
 

@@ -15,7 +15,7 @@ SHARD_BYTES = 256 << 20
 _BLOCK_ROWS = 2048
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenizedDocuments:
     """All documents, by document id. `tokens` holds theirs end to end; `splits` holds places in SPLITS."""
 
@@ -71,27 +71,24 @@ def _padding(layouts: list[Layout], row_tokens: int) -> float:
 
 
 class _Shards:
-    """Cuts a stream of records into shards of whole rows."""
+    """Cuts a stream of records into shards of whole rows, and notes the documents of every row beside them."""
 
     def __init__(self, folder: Path, split: str, total: int, dtype: np.dtype, shard_bytes: int):
         self._folder, self._limit = folder, max(1, shard_bytes // dtype.itemsize)
         count = -(-total // self._limit)
-        names = [f"{split}-{i:05d}-of-{count:05d}.array_record" for i in range(count)]
-        self.rows = {name: min(self._limit, total - i * self._limit) for i, name in enumerate(names)}
-        self._names, self._next = names, 0
+        self._names = [f"{split}-{i:05d}-of-{count:05d}.array_record" for i in range(count)]
+        self.rows = {name: min(self._limit, total - i * self._limit) for i, name in enumerate(self._names)}
+        self._next = 0
         self._writer: ArrayRecordWriter | None = None
-        self._row_documents = np.empty((0, *dtype["document_ids"].shape), np.int64)
-        file = folder / row_documents_file(split)
-        if total:
-            shape = (total, *dtype["document_ids"].shape)
-            self._row_documents = np.lib.format.open_memmap(file, "w+", np.int64, shape)
-        else:
-            np.save(file, self._row_documents)
+        # Written, not mapped into memory: a full disk is then an error instead of a killed process.
+        self._row_documents = (folder / row_documents_file(split)).open("wb")
+        header = {"descr": "<i8", "fortran_order": False, "shape": (total, *dtype["document_ids"].shape)}
+        np.lib.format.write_array_header_1_0(self._row_documents, header)
 
     def write(self, records: np.ndarray, domain: int) -> None:
         records["example_id"] = np.arange(self._next, self._next + len(records))
         records["domain_id"] = domain
-        self._row_documents[self._next : self._next + len(records)] = records["document_ids"]
+        self._row_documents.write(records["document_ids"].tobytes())
         for record in records:
             if self._next % self._limit == 0:
                 self._open(self._names[self._next // self._limit])
@@ -107,5 +104,4 @@ class _Shards:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-        if isinstance(self._row_documents, np.memmap):
-            self._row_documents.flush()
+        self._row_documents.close()

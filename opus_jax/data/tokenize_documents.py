@@ -37,7 +37,7 @@ def tokenize_texts(
     lengths: list[np.ndarray] = [np.zeros(0, np.int64)]
     with spool.open("wb") as file:
         for tokens, counts in _encoded(_batches(texts), tokenizer_folder, workers):
-            tokens.tofile(file)
+            file.write(tokens.tobytes())
             lengths.append(counts)
     return np.concatenate(lengths)
 

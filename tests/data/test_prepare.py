@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import time
@@ -138,6 +139,16 @@ def test_a_failure_on_the_way_leaves_nothing(tmp_path, monkeypatch):
 
 def _interrupted(*args):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("error", [OSError(28, os.strerror(28)), RuntimeError(f"write() failed: {os.strerror(28)}")])
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, error):
+    def full(*args):
+        raise error
+
+    monkeypatch.setattr("opus_jax.data.build_records.tokenize_texts", full)
+    with pytest.raises(UserError, match=r"no space left in .*corpus.cache_dir"):
+        prepare_small(tmp_path)
 
 
 # A preparation in a process of its own, which stops for ever when it comes to one of its stages.
