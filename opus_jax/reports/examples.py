@@ -15,8 +15,7 @@ from opus_jax.data.tokenizer import Tokenizer, load_tokenizer
 from opus_jax.errors import UserError
 from opus_jax.reports.run import Run
 from opus_jax.reports.selection_reader import Extreme
-
-RECORDS_FILE = "records.json"
+from opus_jax.training.run_folder import RECORDS
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,12 @@ def records_folder(run: Run) -> Path:
     Raises:
       UserError: it is not on this machine, or its place now holds another corpus.
     """
-    file = run.folder / RECORDS_FILE
+    file = run.folder / RECORDS
     try:
         named = json.loads(file.read_text())
         folder, fingerprint = Path(named["folder"]), named["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{run.folder} does not say which prepared corpus it read ({RECORDS_FILE} is absent)") from None
+        raise UserError(f"{run.folder} does not say which prepared corpus it read ({RECORDS} is absent)") from None
     manifest = Manifest.load(folder)
     if manifest.fingerprint != fingerprint:
         raise UserError(f"{folder} now holds another corpus ({manifest.fingerprint}; the run read {fingerprint})")

@@ -171,7 +171,7 @@ def spread_chart(run: Run) -> Chart | None:
     figure.add_scatter(x=steps, y=values, mode="lines", line={"color": COLOURS[0], "width": 1.8})
     _name_axes(figure, "step", "standard deviation")
     figure.update_layout(showlegend=False)
-    figure.update_yaxes(type="log", exponentformat="power")
+    figure.update_yaxes(type="log", tickformat="~g")
     caption = "Before the z-score. Where it falls towards 0, rows hardly differ and choosing among them buys little."
     return Chart(
         "spread", f"Spread of the raw {'losses' if run.method == 'high_loss' else 'utilities'}", caption, figure

@@ -28,7 +28,13 @@ from opus_jax.training.interrupt import InterruptedRunError, stop_signals
 from opus_jax.training.metrics import MetricsWriter
 from opus_jax.training.progress import Progress
 from opus_jax.training.recorder import Done, Recorder
-from opus_jax.training.run_folder import open_run_folder, read_summary, refuse_changed_config, write_summary
+from opus_jax.training.run_folder import (
+    open_run_folder,
+    read_summary,
+    refuse_changed_config,
+    write_records_place,
+    write_summary,
+)
 from opus_jax.training.selection_log import SelectionLog
 from opus_jax.training.state import TrainState, init_state
 from opus_jax.training.totals import Totals
@@ -47,6 +53,7 @@ def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
     parts = build(config, progress=progress)
     with open_run_folder(folder, config), _checkpoints(folder, config) as checkpoints, stop_signals() as stop:
         state, plan, totals = _start(parts, checkpoints)
+        write_records_place(folder, parts.records, parts.manifest.fingerprint)
         if int(state.step) == config.run.steps and (summary := read_summary(folder)) is not None:
             return summary
         with _logs(parts, folder, int(state.step), totals, progress) as recorder:

@@ -16,7 +16,7 @@ from opus_jax.training.environment import describe_environment
 from opus_jax.training.run_lock import run_lock
 from opus_jax.training.strict_json import encode
 
-CONFIG, ENVIRONMENT, SUMMARY = "config.yaml", "environment.json", "summary.json"
+CONFIG, ENVIRONMENT, RECORDS, SUMMARY = "config.yaml", "environment.json", "records.json", "summary.json"
 
 
 @contextmanager
@@ -60,6 +60,13 @@ def refuse_changed_config(run_dir: str | Path, config: Config) -> None:
             f"{run_dir} holds a run with another configuration ({'; '.join(changed)}): "
             "set these back, or choose another run.dir"
         )
+
+
+def write_records_place(run_dir: str | Path, records: Path, fingerprint: str) -> None:
+    """Note which prepared corpus the example ids of the selection log belong to. Only process 0 writes."""
+    if jax.process_index() == 0:
+        named = {"folder": str(records.absolute()), "fingerprint": fingerprint}
+        write_atomic(Path(run_dir) / RECORDS, encode(named, indent=1) + "\n")
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
