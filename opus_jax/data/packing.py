@@ -62,9 +62,8 @@ def lay_out(lengths: Sequence[int] | Int[np.ndarray, " documents"], row_tokens: 
                 continue
             segments.extend((document, start, chunk, done, row, column))
             start, column, used = start + chunk, column + 1 + chunk + done, used + 1
-    table = np.array(segments, np.int64).reshape(-1, 6)
-    columns = [np.ascontiguousarray(c) for c in table.T]
-    return Layout(*columns[:3], columns[3].astype(bool), *columns[4:], rows=row + (column > 0))
+    table = np.array(segments, np.int64).reshape(-1, 6).T.copy()
+    return Layout(table[0], table[1], table[2], table[3].astype(bool), table[4], table[5], rows=row + (column > 0))
 
 
 def _fit(left: int, room: int, empty: bool) -> tuple[int | None, bool]:

@@ -7,6 +7,7 @@ have priorities, how often each row comes in one pass over its domain.
 import difflib
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -48,9 +49,8 @@ class Plan:
 
     @staticmethod
     def from_arrays(arrays: dict[str, np.ndarray]) -> "Plan":
-        optional = {"priorities": None, "row_repeats": None}
-        plain = {name: np.asarray(value) for name, value in arrays.items()}
-        return Plan(**{**optional, **plain, "first_step": int(plain["first_step"])})
+        plain: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
+        return Plan(**{"priorities": None, **plain, "first_step": int(plain["first_step"])})
 
     @cached_property
     def bounds(self) -> np.ndarray:

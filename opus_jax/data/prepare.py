@@ -13,6 +13,7 @@ from opus_jax.config import Config, fingerprint
 from opus_jax.data.build_records import build_records
 from opus_jax.data.cache import cache_folder
 from opus_jax.data.corpora import load_corpus
+from opus_jax.data.corpora.local import read_documents
 from opus_jax.data.documents import Corpus, Document, require_known
 from opus_jax.data.records import FORMAT_VERSION, Manifest
 from opus_jax.data.tokenizer_training import read_model
@@ -51,9 +52,7 @@ def _proxy_files(config: Config) -> list[Document]:
     """The user's own proxy documents."""
     if config.proxy.source != "files":
         return []
-    from opus_jax.data.corpora.local import read_documents  # TEMP
-
-    documents = list(read_documents(config.proxy.path, config.corpus))
+    documents = list(read_documents(str(config.proxy.path), config.corpus))
     if not documents:
         raise ConfigError("proxy.path", config.proxy.path, "holds no text")
     return documents

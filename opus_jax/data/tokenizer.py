@@ -118,7 +118,8 @@ def sentencepiece_tokenizer(model: bytes, where: str) -> Tokenizer:
         if special < 0:
             found[i] = len(pieces)
             pieces.append(b"")
-    tokenizer = Tokenizer("sentencepiece", tuple(pieces), *found, model, processor.encode)
+    bos, eos, pad, separator = found
+    tokenizer = Tokenizer("sentencepiece", tuple(pieces), bos, eos, pad, separator, model, processor.encode)
     _require_lossless(tokenizer, where)
     return tokenizer
 

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -18,7 +19,12 @@ SAMPLE_SEED = 0
 _SENTENCE_CHARACTERS = 1000
 
 # Names with a blank cannot be learned from text (blanks are escaped first), so no text ever collides with them.
-_SPECIALS = {"unk_piece": "< unk >", "bos_piece": "< bos >", "eos_piece": "< eos >", "pad_piece": "< pad >"}
+_SPECIALS: dict[str, Any] = {
+    "unk_piece": "< unk >",
+    "bos_piece": "< bos >",
+    "eos_piece": "< eos >",
+    "pad_piece": "< pad >",
+}
 
 # A piece learned as "<0x41>" would collide with the byte token of that name, and the escape character with the blank;
 # the trainer passes over whole sentences with NUL or tab.

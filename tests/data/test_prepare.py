@@ -123,6 +123,23 @@ def test_splits_without_rows_are_refused_by_name(cache, folder, tmp_path):
     assert prepare_small(tmp_path, corpus={"proxy_share": 0.001}, selection={"method": "random"}).is_dir()
 
 
+def test_proxy_files_become_the_proxy_split(cache, folder, tmp_path):
+    files = tmp_path / "mine"
+    files.mkdir()
+    for i in range(3):
+        (files / f"{i}.txt").write_text(f"what {i} I want " * 30)
+    made = prepare_small(cache, proxy={"source": "files", "path": str(files)})
+    manifest = Manifest.load(made)
+    assert made != folder
+    assert manifest.domains == ["prose", "code", "tables", "proxy-files"]
+    assert [manifest.rows[s]["proxy-files"] > 0 for s in SPLITS] == [False, False, True]
+    assert manifest.documents["proxy"] == {"prose": 0, "code": 0, "tables": 0, "proxy-files": 3}
+    proxy = RowReader(made, "proxy")
+    assert set(proxy.read(np.arange(len(proxy)))["domain_id"]) == {3}
+    (files / "0.txt").write_text("something else")
+    assert prepare_small(cache, proxy={"source": "files", "path": str(files)}) != made
+
+
 def test_an_unwritable_cache_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written.*corpus.cache_dir"):
