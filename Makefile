@@ -62,6 +62,7 @@ bench: $(DEV)  ## a benchmark, NAME=score_quality (ARGS=--quick for the short fo
 	$(PY) -m benchmarks.$(NAME) $(ARGS)
 
 lock: $(DEV)  ## write the versions of this environment into requirements/
+	@mkdir -p requirements
 	@$(PY) -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9_.-]+==' \
 	  > requirements/python$$($(PY) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
 

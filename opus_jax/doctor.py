@@ -130,7 +130,11 @@ def _belongs(requirement: Requirement, extra: str) -> bool:
 def _absent(requirement: Requirement) -> list[str]:
     if _installed(requirement.name) is None:
         return [requirement.name]
-    inner = [Requirement(line) for line in importlib.metadata.requires(requirement.name) or []] if requirement.extras else []
+    inner = (
+        [Requirement(line) for line in importlib.metadata.requires(requirement.name) or []]
+        if requirement.extras
+        else []
+    )
     return [r.name for extra in requirement.extras for r in inner if _belongs(r, extra) and _installed(r.name) is None]
 
 
@@ -150,7 +154,11 @@ def _devices() -> Finding:
     if tpu_devices():
         return Finding("devices", found, 'a TPU is here but is not used: pip install "opus-jax[tpu]"')
     if nvidia_devices():
-        return Finding("devices", found, 'an NVIDIA GPU is here but is not used: make venv DEVICE=gpu, or pip install "opus-jax[gpu]"')
+        return Finding(
+            "devices",
+            found,
+            'an NVIDIA GPU is here but is not used: make venv DEVICE=gpu, or pip install "opus-jax[gpu]"',
+        )
     return Finding("devices", found)
 
 
@@ -168,7 +176,11 @@ def _disk(name: str, folder: Path) -> Finding:
 def _writable(name: str, folder: Path) -> Finding:
     there = _existing(folder)
     fits = os.access(there, os.W_OK | os.X_OK)
-    return Finding(f"{name}: writable", "yes" if fits else f"no: {there}", "" if fits else f"make {there} writable, or go elsewhere")
+    return Finding(
+        f"{name}: writable",
+        "yes" if fits else f"no: {there}",
+        "" if fits else f"make {there} writable, or go elsewhere",
+    )
 
 
 def _existing(folder: Path) -> Path:

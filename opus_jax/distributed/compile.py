@@ -43,7 +43,7 @@ def compile_for(config: Config, topology: str, *, json_file: Path | None = None)
     if json_file is not None:
         Path(json_file).write_text(json.dumps(figures, indent=2) + "\n")
     if not figures["fits"]:
-        advice = "lower batch.microbatch or selection.score_chunk, set model.remat=full, raise mesh.fsdp, or take a larger slice"
+        advice = "lower batch.microbatch or selection.score_chunk, raise mesh.fsdp, or take a larger slice"
         raise UserError(f"the step does not fit {slice_.name}: {figures['reason']}; {advice}")
     print(describe(figures))
     return figures
@@ -75,19 +75,21 @@ def measure(lowered: Any, topology: Topology) -> dict[str, Any]:
     """
     import jax
 
-    sizes = {"topology": topology.name, "chips": topology.chips, "devices": topology.devices}
-    limit = {"hbm_bytes": int(topology.generation.hbm_gib * GIB), "devices_per_chip": topology.generation.devices_per_chip}
+    slice_: dict[str, Any] = {"topology": topology.name, "chips": topology.chips, "devices": topology.devices}
+    slice_ |= {
+        "hbm_bytes": int(topology.generation.hbm_gib * GIB),
+        "devices_per_chip": topology.generation.devices_per_chip,
+    }
     begun = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return sizes | limit | {"fits": False, "reason": _first_sentence(str(error))}
-    figures = {"fits": True, "compile_seconds": time.perf_counter() - begun, **_memory(compiled)}
-    figures["flops"] = int(compiled.cost_analysis().get("flops", 0))
-    figures["collectives"] = count_collectives(compiled.as_text())
-    return sizes | limit | figures
+        return slice_ | {"fits": False, "reason": _first_sentence(str(error))}
+    figures = {"fits": True, "compile_seconds": time.perf_counter() - begun} | _memory(compiled)
+    counts = {"flops": int(compiled.cost_analysis()["flops"]), "collectives": count_collectives(compiled.as_text())}
+    return slice_ | figures | counts
 
 
 def count_collectives(program: str) -> dict[str, int]:
@@ -135,5 +137,5 @@ def _first_sentence(message: str) -> str:
     return found.group(0) if found else message.splitlines()[0]
 
 
-def _size(count: float) -> str:
+def _size(count: int) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"

@@ -57,6 +57,7 @@ def main() -> None:
     """Answer one request {"config": mapping, "topology": name} with {"figures": ...} or {"mistake": message}."""
     request = json.load(sys.stdin)
     topology = parse_topology(request["topology"])
+    answer: dict[str, Any]
     try:
         answer = {"figures": measure(lower_step(from_mapping(request["config"]), absent_devices(topology)), topology)}
     except UserError as error:
