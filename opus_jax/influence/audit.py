@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def rank_agreement(first: Float[Array, "N"], second: Float[Array, "N"]) -> Float[Array, ""]:
+def rank_agreement(first: Float[Array, " N"], second: Float[Array, " N"]) -> Float[Array, ""]:
     """Spearman's rank correlation, equal values sharing their average rank.
 
     Returns:
@@ -19,7 +19,7 @@ def rank_agreement(first: Float[Array, "N"], second: Float[Array, "N"]) -> Float
     return jnp.where(both_constant, 1.0, agreement)
 
 
-def average_ranks(values: Float[Array, "N"]) -> Float[Array, "N"]:
+def average_ranks(values: Float[Array, " N"]) -> Float[Array, " N"]:
     """Rank of each value from 0, equal values sharing their average; all pairs are compared, so for a few thousand."""
     values = jnp.where(jnp.isfinite(values), values, -jnp.inf)
     below = jnp.sum(values[None, :] < values[:, None], axis=1)
@@ -27,5 +27,5 @@ def average_ranks(values: Float[Array, "N"]) -> Float[Array, "N"]:
     return below + (equal - 1) / 2.0
 
 
-def _centred(x: Float[Array, "N"]) -> Float[Array, "N"]:
+def _centred(x: Float[Array, " N"]) -> Float[Array, " N"]:
     return x - jnp.mean(x)

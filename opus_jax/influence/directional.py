@@ -21,14 +21,14 @@ Batch = PyTree[Any]  # leaves with the candidates on their first axis
 
 
 def utilities(
-    loss_fn: Callable[[Params, Batch], Float[Array, "N"]],
+    loss_fn: Callable[[Params, Batch], Float[Array, " N"]],
     params: Params,
     direction: Params,
     batch: Batch,
     *,
     method: str = "jvp",
     chunk: int | None = None,
-) -> Float[Array, "N"]:
+) -> Float[Array, " N"]:
     """Utility of every candidate, <grad loss_i, v>, exact to rounding.
 
     Args:

@@ -14,7 +14,7 @@ from opus_jax.influence.chunks import map_chunks
 
 Params = PyTree[Any]
 Batch = PyTree[Any]  # leaves with the rows on their first axis
-LossFn = Callable[[Params, Batch], Float[Array, "N"]]
+LossFn = Callable[[Params, Batch], Float[Array, " N"]]
 
 
 def per_example_gradients(loss_fn: LossFn, params: Params, batch: Batch, *, chunk: int | None = None) -> PyTree[Array]:
@@ -42,21 +42,21 @@ def per_example_gradients(loss_fn: LossFn, params: Params, batch: Batch, *, chun
 
 def utilities(
     loss_fn: LossFn, params: Params, direction: Params, batch: Batch, *, chunk: int | None = None
-) -> Float[Array, "N"]:
+) -> Float[Array, " N"]:
     """<grad loss_i, v> as an explicit dot product of each row's gradient with v, summed in float32 or wider.
 
     Args and raises: as `per_example_gradients`; `direction` is v, a tree like the parameters. Only one chunk's
     gradients exist at a time.
     """
 
-    def dot(rows: Batch) -> Float[Array, "n"]:
+    def dot(rows: Batch) -> Float[Array, " n"]:
         gradients = per_example_gradients(loss_fn, params, rows)
         return sum(jax.tree.leaves(jax.tree.map(_row_dot, gradients, direction)))
 
     return map_chunks(dot, batch, chunk)
 
 
-def _row_dot(gradients: Float[Array, "n ..."], v: Float[Array, "..."]) -> Float[Array, "n"]:
+def _row_dot(gradients: Float[Array, "n ..."], v: Float[Array, "..."]) -> Float[Array, " n"]:
     dtype = jnp.promote_types(gradients.dtype, jnp.float32)
     products = gradients.astype(dtype) * v.astype(dtype)
     return products.reshape(gradients.shape[0], -1).sum(axis=1)

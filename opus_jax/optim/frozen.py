@@ -59,7 +59,7 @@ def _matrix(optimizer: Optimizer, opt_state: Any) -> Callable[[Array, Array], Ar
     return lambda g, q: (factor * muon_scale(g.shape) * g @ _one_step(q)).astype(g.dtype)
 
 
-def _one_step(momentum: Float[Array, "L in out"]) -> Float[Array, "L out out"]:
+def _one_step(momentum: Float[Array, "L rows columns"]) -> Float[Array, "L columns columns"]:
     a, b, c = NEWTON_SCHULZ
     norm = jnp.linalg.norm(momentum, axis=(-2, -1), keepdims=True)
     q = momentum / jnp.maximum(norm, NO_MOMENTUM)

@@ -44,18 +44,18 @@ def scale_by_muon_guarded(
     def update(
         updates: optax.Updates, state: contrib.MuonState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, contrib.MuonState]:
-        _, new_state = original.update(updates, state, params)
-        count = new_state.count
-        ahead = optax.tree.bias_correction(new_state.mu, beta, count + 1)
+        count, mu = state.count + 1, optax.tree.update_moment(updates, state.mu, beta, 1)
+        ahead = optax.tree.bias_correction(mu, beta, count + 1)
         fresh = optax.tree.bias_correction(updates, beta, count)
         momentum = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, fresh)
         zero = jax.tree.map(_is_zero, momentum)
         safe = jax.tree.map(lambda m, z: jnp.where(z, 1.0, m), momentum, zero)
         steps, _ = orthogonalize.update(safe, state, params)
-        return jax.tree.map(lambda o, z: jnp.where(z, 0.0, o), steps, zero), new_state
+        steps = jax.tree.map(lambda o, z: jnp.where(z, 0.0, o), steps, zero)
+        return steps, contrib.MuonState(count, optax.tree.cast(mu, mu_dtype), state.ns_coeffs)
 
     return optax.GradientTransformation(original.init, update)
 
 
-def _is_zero(matrices: Float[Array, "L in out"]) -> Bool[Array, "L 1 1"]:
+def _is_zero(matrices: Float[Array, "L rows columns"]) -> Bool[Array, "L 1 1"]:
     return jnp.sum(jnp.square(matrices), axis=(-2, -1), keepdims=True) <= TINY

@@ -44,6 +44,9 @@ class Optimizer:
     config: OptimizerConfig
 
 
+AnyOptimizer = Optimizer | optax.GradientTransformation | optax.MultiSteps
+
+
 def make_optimizer(config: OptimizerConfig, steps: int, params_like: PyTree[Any]) -> Optimizer:
     """Build the configured optimizer.
 
@@ -75,7 +78,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, params_like: PyTree[Any]
     )
 
 
-def opt_state_logical_axes(optimizer: Optimizer, params_like: PyTree[Any], logical_axes: PyTree[Any]) -> PyTree[Any]:
+def opt_state_logical_axes(optimizer: AnyOptimizer, params_like: PyTree[Any], logical_axes: PyTree[Any]) -> PyTree[Any]:
     """Logical axes of every leaf of the optimizer state: a moment's are its parameter's, a scalar's are ().
 
     Without them `jit(init)` leaves the moments replicated on every device.

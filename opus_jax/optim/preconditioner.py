@@ -16,10 +16,9 @@ from jaxtyping import Array, Float, Int, PyTree
 from opus_jax.errors import UserError
 from opus_jax.optim.frozen import frozen_product
 from opus_jax.optim.moments import find_states
-from opus_jax.optim.optimizers import Optimizer
+from opus_jax.optim.optimizers import AnyOptimizer, Optimizer
 
 Tree = PyTree[Float[Array, "..."]]
-AnyOptimizer = Optimizer | optax.GradientTransformation | optax.MultiSteps
 
 
 def direction(

@@ -11,8 +11,8 @@ from opus_jax.selection.opus import Diagnostics
 
 
 def random(
-    scores: Float[Array, "N"], k: int, *, temperature: float, key: Key[Array, ""]
-) -> tuple[Int[Array, "K"], Diagnostics]:
+    scores: Float[Array, " N"], k: int, *, temperature: float, key: Key[Array, ""]
+) -> tuple[Int[Array, " K"], Diagnostics]:
     """k of N uniformly, whatever the scores and the temperature. Not reported as degenerate: it was asked for.
 
     Raises:
@@ -23,8 +23,8 @@ def random(
 
 
 def high_loss(
-    scores: Float[Array, "N"], k: int, *, temperature: float, key: Key[Array, ""]
-) -> tuple[Int[Array, "K"], Diagnostics]:
+    scores: Float[Array, " N"], k: int, *, temperature: float, key: Key[Array, ""]
+) -> tuple[Int[Array, " K"], Diagnostics]:
     """The candidates with the highest loss, drawn by the same law as utilities are; temperature 0 = the k highest.
 
     Args: as `opus.select`, with losses (nats per target token) for scores.
@@ -33,8 +33,8 @@ def high_loss(
 
 
 def none(
-    scores: Float[Array, "N"], k: int, *, temperature: float, key: Key[Array, ""]
-) -> tuple[Int[Array, "K"], Diagnostics]:
+    scores: Float[Array, " N"], k: int, *, temperature: float, key: Key[Array, ""]
+) -> tuple[Int[Array, " K"], Diagnostics]:
     """Every row that was read, in order.
 
     Raises:

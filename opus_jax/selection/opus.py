@@ -13,8 +13,8 @@ Diagnostics = dict[str, Array]
 
 
 def select(
-    utilities: Float[Array, "N"], k: int, *, temperature: float, key: Key[Array, ""]
-) -> tuple[Int[Array, "K"], Diagnostics]:
+    utilities: Float[Array, " N"], k: int, *, temperature: float, key: Key[Array, ""]
+) -> tuple[Int[Array, " K"], Diagnostics]:
     """Choose k candidates without replacement, p ~ exp(z / temperature), z = (utility - mean) / sd over the buffer.
 
     Args:
@@ -45,7 +45,7 @@ def select(
     return indices, {"z": z, "probability": probability, "degenerate": degenerate, "nonfinite": nonfinite}
 
 
-def standardise(utilities: Float[Array, "N"], finite: Bool[Array, "N"]) -> tuple[Float[Array, "N"], Bool[Array, ""]]:
+def standardise(utilities: Float[Array, " N"], finite: Bool[Array, " N"]) -> tuple[Float[Array, " N"], Bool[Array, ""]]:
     """(z-scores over the finite utilities, whether they are all equal to rounding, in which case z = 0)."""
     u = jnp.where(finite, utilities, 0).astype(jnp.float32)
     scale = jnp.max(jnp.abs(u))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 from opus_jax.errors import UserError
 
 
-def gumbel_top_k(logits: Float[Array, "N"], k: int, key: Key[Array, ""]) -> Int[Array, "K"]:
+def gumbel_top_k(logits: Float[Array, " N"], k: int, key: Key[Array, ""]) -> Int[Array, " K"]:
     """Draw k positions one after the other from the softmax of the logits over those that remain.
 
     Adding independent Gumbel noise to the logits and keeping the k largest gives exactly this law (arXiv 1903.06059).
@@ -28,7 +28,7 @@ def gumbel_top_k(logits: Float[Array, "N"], k: int, key: Key[Array, ""]) -> Int[
     return top_k(logits + jax.random.gumbel(key, logits.shape, logits.dtype), k)
 
 
-def top_k(scores: Float[Array, "N"], k: int) -> Int[Array, "K"]:
+def top_k(scores: Float[Array, " N"], k: int) -> Int[Array, " K"]:
     """Positions of the k largest scores, sorted; of equal scores the earlier position wins. NaN counts as -inf.
 
     Raises:
@@ -40,8 +40,8 @@ def top_k(scores: Float[Array, "N"], k: int) -> Int[Array, "K"]:
 
 
 def boltzmann(
-    scores: Float[Array, "N"], k: int, *, temperature: float, key: Key[Array, ""]
-) -> tuple[Int[Array, "K"], Float[Array, "N"]]:
+    scores: Float[Array, " N"], k: int, *, temperature: float, key: Key[Array, ""]
+) -> tuple[Int[Array, " K"], Float[Array, " N"]]:
     """Draw k positions without replacement with probability proportional to exp(score / temperature).
 
     Args:
@@ -70,5 +70,5 @@ def check_size(candidates: int, k: int) -> None:
         raise UserError(f"cannot select {k} of {candidates} candidates: k must be between 1 and {candidates}")
 
 
-def _flat(scores: Float[Array, "N"]) -> Float[Array, "N"]:
+def _flat(scores: Float[Array, " N"]) -> Float[Array, " N"]:
     return jnp.where(scores == -jnp.inf, -jnp.inf, 0.0).astype(scores.dtype)
