@@ -200,13 +200,13 @@ def speed_chart(runs: Sequence[Run]) -> Chart | None:
 
 
 def overhead_chart(runs: Sequence[Run]) -> Chart | None:
-    lines = [(run, _scaled(run["scoring_overhead"], 100)) for run in runs if run.scores]
+    lines = [(run, _scaled(run["scoring_overhead"], 100.0)) for run in runs if run.scores]
     caption = "FLOPs of scoring, proxy gradient and direction so far, over 3F per trained token."
     return _step_chart("overhead", "Scoring overhead", caption, "% of training FLOPs", lines)
 
 
 def wait_chart(runs: Sequence[Run]) -> Chart | None:
-    lines = [(run, _scaled(run["data_wait_seconds"], 1000)) for run in runs]
+    lines = [(run, _scaled(run["data_wait_seconds"], 1000.0)) for run in runs]
     return _step_chart("wait", "Waiting for data", "Time a step waited for rows from the host.", "ms per step", lines)
 
 

@@ -50,7 +50,7 @@ def domain_table(run: Run, baseline: Run | None, summary: SelectionSummary | Non
         if baseline:
             row.append(_change(bits, _bits(baseline, domain)))
         if summary:
-            row += [_share(counts.sum(0), place) for counts in (summary.offered, summary.selected)]
+            row += [_share(counts.sum(0).tolist(), place) for counts in (summary.offered, summary.selected)]
         rows.append(row)
     against = f", change against {escape(baseline.name)}" if baseline else ""
     return _table(f"Domains{against}", heads, rows)
@@ -108,8 +108,7 @@ def _bits(run: Run, domain: str) -> float | None:
 
 
 def _share(counts: Sequence[int], place: int) -> str:
-    total = sum(int(count) for count in counts)
-    return percent(int(counts[place]) / total) if total else "–"
+    return percent(counts[place] / sum(counts)) if sum(counts) else "–"
 
 
 def _change(ours: float | None, theirs: float | None) -> str:

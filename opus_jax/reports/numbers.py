@@ -3,7 +3,7 @@
 _UNITS = ("", "k", "M", "G", "T", "P", "E", "Z")
 
 
-def readable(value: float) -> str:
+def readable(value: int | float) -> str:
     """Three digits and a unit of thousands: 1234567 -> "1.23M"."""
     size, unit = abs(value), 0
     while size >= 999.5 and unit < len(_UNITS) - 1:
@@ -12,7 +12,7 @@ def readable(value: float) -> str:
     return f"{'-' if value < 0 else ''}{size:.{digits}f}{_UNITS[unit]}"
 
 
-def percent(share: float) -> str:
+def percent(share: int | float) -> str:
     """A share as per cent: two digits below 10 %, whole ones above."""
     value = 100 * share
     if value == 0:
@@ -20,12 +20,12 @@ def percent(share: float) -> str:
     return f"{value:.0f} %" if abs(value) >= 10 else f"{value:.1f} %" if abs(value) >= 1 else f"{value:.2f} %"
 
 
-def times(ratio: float) -> str:
+def times(ratio: int | float) -> str:
     """A ratio: 1.234 -> "1.23x"."""
     return f"{ratio:.2f}x"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Hours, minutes and seconds, the largest two of them."""
     whole = round(seconds)
     if whole < 60:

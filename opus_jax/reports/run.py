@@ -131,9 +131,15 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith("\n"):
                 return
             try:
-                yield _restored(json.loads(line))
-            except (ValueError, AttributeError) as error:
+                yield _restored(_with_step(json.loads(line)))
+            except ValueError as error:
                 raise UserError(f"{file}:{number} is damaged ({error}): delete that line") from None
+
+
+def _with_step(line: Any) -> dict[str, Any]:
+    if not (isinstance(line, dict) and isinstance(line.get("step"), int)):
+        raise ValueError("it is not an object with a step")
+    return line
 
 
 def _restored(line: dict[str, Any]) -> dict[str, Any]:

@@ -34,13 +34,13 @@ class SelectionSummary:
     """Counts over P periods of equal numbers of steps, G domains and Z bins of the z-score.
 
     Attributes:
-      edges: first step of every period, and the step after the last.
+      edges: first step of every period, and the step after the last; Q = P + 1.
       offered: candidates. selected: those that were trained on.
       z_counts: scored candidates by z-score; all zero for a method that does not score.
       highest: the candidates of highest z, each example once, best first. lowest: likewise, worst first.
     """
 
-    edges: Int64[np.ndarray, " P+1"]
+    edges: Int64[np.ndarray, " Q"]
     offered: Int64[np.ndarray, "P G"]
     selected: Int64[np.ndarray, "P G"]
     z_counts: Int64[np.ndarray, "P G Z"]
