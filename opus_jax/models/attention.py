@@ -10,6 +10,7 @@ from opus_jax.models.initial_scale import input_std, output_std
 from opus_jax.models.linear import block_map
 from opus_jax.models.norms import Norm
 from opus_jax.models.positions import rotate
+from opus_jax.models.precision import wide
 from opus_jax.models.presets import ModelSpec
 
 
@@ -29,12 +30,12 @@ def attend(
     values: Float[Array, "N T G d"],
     mask: Bool[Array, "N T T"],
 ) -> Float[Array, "N T H d"]:
-    """softmax(q k^T / sqrt(d)) v, where each of the G key heads serves H / G query heads; softmax in float32."""
+    """softmax(q k^T / sqrt(d)) v, each of the G key heads serving H / G query heads; softmax in float32 or wider."""
     rows, length, heads, width = queries.shape
     groups = keys.shape[2]
     queries = queries.reshape(rows, length, groups, heads // groups, width)
-    scores = jnp.einsum("ntgrd,nsgd->ngrts", queries, keys, preferred_element_type=jnp.float32) * width**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.einsum("ntgrd,nsgd->ngrts", queries, keys, preferred_element_type=wide(queries.dtype))
+    scores = jnp.where(mask[:, None, None], scores * width**-0.5, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     return jnp.einsum("ngrts,nsgd->ntgrd", weights, values).reshape(rows, length, heads, width)
 

@@ -5,13 +5,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from opus_jax.models.precision import wide
+
 
 def normalise(x: Float[Array, "*rows D"], kind: str, eps: float) -> Float[Array, "*rows D"]:
-    """Unit root mean square over the last axis, in float32: (x - m) / sqrt(mean((x - m)^2) + eps).
+    """Unit root mean square over the last axis: (x - m) / sqrt(mean((x - m)^2) + eps), in float32 or wider.
 
     m is the mean for `layernorm` and 0 for `rmsnorm`. eps is inside the root, so an all-zero row stays zero.
     """
-    x = x.astype(jnp.float32)
+    x = x.astype(wide(x.dtype))
     if kind == "layernorm":
         x = x - jnp.mean(x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)

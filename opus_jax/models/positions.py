@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from opus_jax.models.precision import wide
+
 
 def segment_positions(segment_ids: Int[Array, "N T"]) -> Int[Array, "N T"]:
     """Distance from the start of the run of equal segment ids: 0, 1, 2, ... and again 0 at the next segment."""
@@ -14,13 +16,12 @@ def segment_positions(segment_ids: Int[Array, "N T"]) -> Int[Array, "N T"]:
 
 
 def rotary_angles(positions: Int[Array, "N T"], head_dim: int, theta: float) -> Float[Array, "N T half"]:
-    """angle[t, i] = position[t] * theta^(-2 i / head_dim), float32 (RoPE, arXiv 2104.09864)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return positions[..., None].astype(jnp.float32) * frequencies
+    """angle[t, i] = position[t] * theta^(-2 i / head_dim) (RoPE, arXiv 2104.09864)."""
+    return positions[..., None] * theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
 
 
 def rotate(x: Float[Array, "N T H d"], angles: Float[Array, "N T half"]) -> Float[Array, "N T H d"]:
-    """Turn the pairs (x[i], x[i + d/2]) by their angles, in float32."""
+    """Turn the pairs (x[i], x[i + d/2]) by their angles, in float32 or wider."""
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x.astype(wide(x.dtype)), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

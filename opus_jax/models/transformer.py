@@ -23,6 +23,7 @@ from opus_jax.models.block import Block
 from opus_jax.models.linear import Linear
 from opus_jax.models.norms import Norm
 from opus_jax.models.positions import rotary_angles, segment_positions
+from opus_jax.models.precision import wide
 from opus_jax.models.presets import ModelSpec
 
 Params = dict[str, Any]  # nested dictionaries of float32 arrays; the leaves under "blocks" are stacked [L, ...]
@@ -63,7 +64,7 @@ class Transformer(nnx.Module):
         angles = rotary_angles(positions, self.spec.head_dim, self.spec.rope_theta) if rotary else None
         x = self.final_norm(self._scan_blocks(x, attention_mask(segment_ids), angles))
         kernel = self.embedding.embedding[...].T if self.head is None else self.head.kernel[...]
-        logits = jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=wide(x.dtype))
         return constrain(logits, ("batch", "length", "vocab"))
 
     def _scan_blocks(
@@ -90,7 +91,7 @@ def apply(
     *,
     positions: Int[Array, "N T"] | None = None,
 ) -> Float[Array, "N T V"]:
-    """Logits in float32; those at t predict token t + 1.
+    """Logits in float32 (or wider); those at t predict token t + 1.
 
     A token sees the tokens of its own segment up to itself. `segment_ids` 0 is padding: it changes no other logits.
     `positions` count from 0 in every segment unless given.
