@@ -84,9 +84,9 @@ def _read(
 
     def report(reason: str, line: int | None) -> None:
         if strict:
-            raise UserError(
-                f"{file}{f':{line}' if line else ''}: {reason}; correct it, or set corpus.strict=false to count it"
-            )
+            place = f"{file}:{line}" if line else str(file)
+            hint = ", or count such lines with corpus.strict=false" if config.strict else ""
+            raise UserError(f"{place}: {reason}: correct it{hint}")
         problems.add(name, reason, line)
 
     for position, (record, line) in enumerate(read_records(file, fields, report), 1):

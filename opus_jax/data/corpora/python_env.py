@@ -107,7 +107,8 @@ def _kind(name: str) -> str | None:
     """What a file is read as: modules, tests, data, licences, descriptions, or nothing."""
     path = PurePosixPath(name)
     described = any(part.endswith(".dist-info") for part in path.parts)
-    if _LICENCE_NAME.match(path.name) and path.suffix in ("", ".txt", ".md", ".rst") or "licenses" in path.parts:
+    named = _LICENCE_NAME.match(path.name) and path.suffix in ("", ".txt", ".md", ".rst")
+    if named or "licenses" in path.parts:
         return "licences"
     if described:
         return {"METADATA": "descriptions", "RECORD": "data"}.get(path.name)

@@ -1,4 +1,4 @@
-"""Take Python source apart: its documentation, its code without documentation, and sources that no one wrote by hand."""
+"""Take Python source apart: documentation, code without documentation, and what no one wrote by hand."""
 
 import ast
 import re
@@ -9,7 +9,8 @@ _HEAD_CHARACTERS = 500  # where generated files say so
 _GENERATED = re.compile(r"auto[- ]?generated|generated (by|from|with)|do not edit", re.IGNORECASE)
 _TABLE_ROW = re.compile(r"\s*[\[({]*\s*([brufBRUF]{0,2}['\"]|[-+]?(0x)?\d)")
 _TABLE_SHARE = 0.5  # of the lines
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_BLOCKS = ("body", "handlers", "orelse", "finalbody")  # where a statement holds statements
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def parse(source: str) -> ast.Module | None:
@@ -30,7 +31,7 @@ def documentation(tree: ast.Module, module: str) -> str:
 def without_docstrings(source: str, tree: ast.Module) -> str:
     """The source without its docstrings; a body that held nothing else gets `...`, so the result still parses."""
     lines = source.splitlines(keepends=True)
-    for node in _documented(tree):
+    for node, _ in _definitions(tree, ""):
         first = node.body[0] if node.body else None
         if first is None or not _is_docstring(first):
             continue
@@ -55,18 +56,23 @@ def is_table(source: str) -> bool:
 
 
 def _docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
+    for node, name in _definitions(tree, module):
+        text = ast.get_docstring(node)
+        if text and text.strip():
+            yield name, text
+
+
+def _definitions(tree: ast.Module, module: str) -> Iterator[tuple[_Documented, str]]:
+    """The module, its classes and its functions, in source order, with dotted names; expressions are not visited."""
     stack: list[tuple[ast.AST, str]] = [(tree, module)]
     while stack:
         node, name = stack.pop()
-        text = ast.get_docstring(node) if isinstance(node, _DOCUMENTED) else None
-        if text and text.strip():
-            yield name, text
-        inner = [child for child in ast.iter_child_nodes(node) if isinstance(child, _DOCUMENTED)]
-        stack.extend((child, f"{name}.{child.name}") for child in reversed(inner))  # type: ignore[attr-defined]
-
-
-def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    return (node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED))
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            name = f"{name}.{node.name}"
+        if isinstance(node, _Documented):
+            yield node, name
+        inside = [child for block in _BLOCKS for child in getattr(node, block, ())]
+        stack.extend((child, name) for child in reversed(inside))
 
 
 def _is_docstring(node: ast.stmt) -> bool:

@@ -1,7 +1,6 @@
 """Read one file of the user's: text, JSON lines (plain, .gz, .zst) or Parquet. What cannot be read is reported."""
 
 import gzip
-import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ import pyarrow.parquet
 import zstandard
 
 from opus_jax.data.corpora.pieces import PIECE_CHARACTERS, pieces
+from opus_jax.data.corpora.zstd_lines import zstd_lines
 from opus_jax.errors import UserError
 
 TEXT = (".txt", ".text", ".md", ".rst", ".tex", ".org", ".py")
@@ -80,7 +80,7 @@ def _lines(file: Path) -> Iterator[bytes]:
         if file.suffix.lower() == ".gz":
             yield from gzip.GzipFile(fileobj=raw)
         elif file.suffix.lower() == ".zst":
-            yield from io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+            yield from zstd_lines(raw)
         else:
             yield from raw
 

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import zstandard
 
+from opus_jax.data.corpora.zstd_lines import zstd_lines
 from opus_jax.data.documents import Document, Problems
 from opus_jax.errors import UserError
 
@@ -45,10 +45,10 @@ def read(file: Path) -> Iterator[Document]:
       UserError: the file is damaged.
     """
     try:
-        with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-            for line in io.TextIOWrapper(stream, "utf-8", newline="\n"):
+        with file.open("rb") as raw:
+            for line in zstd_lines(raw):
                 yield Document(*json.loads(line))
-    except (zstandard.ZstdError, ValueError, TypeError):
+    except (OSError, EOFError, zstandard.ZstdError, ValueError, TypeError):
         raise UserError(f"{file} is damaged: delete its folder, and the next run makes it again") from None
 
 

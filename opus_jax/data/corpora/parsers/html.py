@@ -8,9 +8,12 @@ from pathlib import Path
 from opus_jax.data.corpora.parsers.plain import documents, files, short_name, text_of
 from opus_jax.data.documents import Document
 
-_BLOCKS = frozenset("p div section article table ul ol dl blockquote pre h1 h2 h3 h4 h5 h6 hr form center".split())
+_HEADINGS = tuple(f"h{level}" for level in range(1, 7))
+_BLOCKS = frozenset(
+    ("p", "div", "section", "article", "table", "ul", "ol", "dl", "blockquote", "pre", "hr", "form", "center", *_HEADINGS)
+)
 _LINES = {"br": "\n", "tr": "\n", "dt": "\n", "dd": "\n    ", "li": "\n- "}
-_HIDDEN = frozenset("script style head nav noscript svg select button textarea".split())
+_HIDDEN = frozenset(("script", "style", "head", "nav", "noscript", "svg", "select", "button", "textarea"))
 _NAVIGATION = re.compile(
     r"\b(navheader|navfooter|nav|menu|searchmenu|tagline|nosearch|toc|fancy_toc|fancy-toc\d|sidebar|hdlink)\b"
 )
