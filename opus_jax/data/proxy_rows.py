@@ -34,7 +34,7 @@ def proxy_plan(manifest: Manifest, config: Config) -> Plan:
 
 
 def target_domains(manifest: Manifest, config: Config) -> list[str]:
-    """Domains whose validation text measures success: `proxy.domains`, or all.
+    """Domains whose validation text measures success: `proxy.domains`, or all that have any.
 
     Raises:
       ConfigError: one of them is unknown.
@@ -43,4 +43,4 @@ def target_domains(manifest: Manifest, config: Config) -> list[str]:
         if name not in manifest.domains:
             close = difflib.get_close_matches(name, manifest.domains, n=1, cutoff=0.0)[0]
             raise ConfigError("proxy.domains", name, f"no such domain; the nearest is {close}")
-    return list(config.proxy.domains) or list(manifest.domains)
+    return list(config.proxy.domains) or [name for name in manifest.domains if manifest.rows["validation"][name]]

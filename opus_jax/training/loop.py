@@ -8,7 +8,7 @@ dispatched (the devices never wait for the host); a checkpoint is taken only whe
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
         with _logs(parts, folder, int(state.step), totals, progress) as recorder:
             _run(parts, checkpoints, recorder, state, plan, stop)
         summary = _summary(parts, totals)
-        write_summary(folder, summary)
+        if jax.process_index() == 0:
+            write_summary(folder, summary)
     return summary
 
 
@@ -86,21 +87,16 @@ def _start(parts: Parts, checkpoints: Checkpoints) -> tuple[TrainState, Plan, To
 
 @contextmanager
 def _logs(parts: Parts, folder: Path, step: int, totals: Totals, progress: bool) -> Iterator[Recorder]:
-    config, manifest = parts.config, parts.manifest
-    writer = MetricsWriter(folder, config.tracking, resume_step=step)
-    log = SelectionLog(folder, resume_step=step) if _logs_selection(config) else None
-    with Progress(config.run.steps, step, enabled=progress) as bar:
-        try:
-            yield Recorder(config, list(manifest.domains), step_costs(parts.spec, config), totals, writer, log, bar)
-        finally:
-            if log is not None:
-                log.close()
-            writer.close()
-
-
-def _logs_selection(config: Config) -> bool:
-    """Method none chooses nothing. Only process 0 writes, but every process keeps the same totals."""
-    return config.tracking.selection_log and config.selection.method != "none"
+    """Every process keeps the same totals; only process 0 writes."""
+    config, writes = parts.config, jax.process_index() == 0
+    chooses = config.selection.method != "none"
+    with ExitStack() as open_files:
+        writer = open_files.enter_context(MetricsWriter(folder, config.tracking, resume_step=step)) if writes else None
+        logged = writes and chooses and config.tracking.selection_log
+        log = open_files.enter_context(closing(SelectionLog(folder, resume_step=step))) if logged else None
+        bar = open_files.enter_context(Progress(config.run.steps, step, enabled=progress and writes))
+        domains = list(parts.manifest.domains)
+        yield Recorder(config, domains, step_costs(parts.spec, config), totals, writer, log, bar)
 
 
 def _run(
@@ -119,6 +115,7 @@ def _run(
         state, metrics = parts.step(state, fed.device, proxy.device if proxy else None)
         if pending is not None:
             recorder.record(pending)
+        checkpoints.check()
         pending = Done(step, fed.host, metrics, audit, candidates.waited, timed=step > first + 1 and audit is None)
         if step < config.run.steps:
             candidates.ahead()
@@ -190,8 +187,7 @@ def _stream(parts: Parts, split: str, plan: Plan, rows: int, start: int) -> Cand
 def _save(
     parts: Parts, checkpoints: Checkpoints, recorder: Recorder, state: TrainState, plan: Plan, target: float | None
 ) -> None:
-    if recorder.log is not None:
-        recorder.log.flush()
+    recorder.flush()
     meta = {
         "totals": recorder.totals.to_mapping(),
         "records": parts.manifest.fingerprint,

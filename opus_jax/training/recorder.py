@@ -40,7 +40,7 @@ class Recorder:
 
     def __init__(
         self, config: Config, domains: list[str], costs: StepCosts, totals: Totals,
-        writer: MetricsWriter, log: SelectionLog | None, progress: Progress,
+        writer: MetricsWriter | None, log: SelectionLog | None, progress: Progress,
     ):  # fmt: skip
         self.config, self.domains, self.costs, self.totals = config, domains, costs, totals
         self.writer, self.log, self.progress = writer, log, progress
@@ -49,6 +49,12 @@ class Recorder:
     def restart_clock(self) -> None:
         """The time since the last step was not spent in steps (evaluation, saving)."""
         self._finished = time.perf_counter()
+
+    def flush(self) -> None:
+        """Put on disk what was written: before a checkpoint that counts on it."""
+        for file in (self.writer, self.log):
+            if file is not None:
+                file.flush()
 
     def record(self, done: Done) -> None:
         metrics = {name: np.asarray(value) for name, value in jax.device_get(dict(done.metrics)).items()}
@@ -60,7 +66,7 @@ class Recorder:
             self.log.write(done.step, _log_columns(done.host, metrics, scored))
         line = self._line(done, metrics, seconds)
         if done.step % self.config.run.log_every == 0 or done.step == self.config.run.steps:
-            self.writer.write(line)
+            self._write(line)
         self.progress.update(done.step, line)
         if not np.isfinite(metrics["loss"]):
             ids = np.asarray(done.host["example_id"])[metrics["indices"]].tolist()
@@ -69,8 +75,12 @@ class Recorder:
     def evaluated(self, step: int, bits: dict[str, float], target: float) -> None:
         """Log an evaluation: bits per byte by domain, and over the target domains."""
         self.totals.bits_per_byte, self.totals.target_bits_per_byte = bits, target
-        self.writer.write({"step": step, "bits_per_byte": bits, "target_bits_per_byte": target} | self._totals())
+        self._write({"step": step, "bits_per_byte": bits, "target_bits_per_byte": target} | self._totals())
         self.progress.evaluated(step, bits, target)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.writer is not None:
+            self.writer.write(line)
 
     def _count(self, done: Done, metrics: dict[str, Any], seconds: float) -> None:
         totals, tokens = self.totals, int(metrics["update_tokens"])

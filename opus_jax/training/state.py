@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, PyTree
 
 from opus_jax.distributed.axes import replicated, tree_shardings
 from opus_jax.models import transformer
@@ -17,24 +16,24 @@ from opus_jax.optim.optimizers import Optimizer, opt_state_logical_axes
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """The state between two steps.
+    """The state between two steps. A tree of the same form holds its shapes, or its shardings.
 
     Attributes:
-      step: updates done so far.
+      step: int32 scalar, updates done so far.
       params: float32 parameters.
       opt_state: optax state, float32 moments.
-      reference_gradient: mean update-batch gradient of the last step, where the next direction is taken; kept only
-        by methods that need a direction, otherwise None.
-      proxy_gradient: the proxy gradient in use (refresh, EMA), otherwise None.
+      reference_gradient: like params, mean update-batch gradient of the last step, where the next direction is taken;
+        kept only by methods that need a direction, otherwise None.
+      proxy_gradient: like params, the proxy gradient in use (refresh, EMA), otherwise None.
       key: typed key; a step folds its number into it, so the state carries no random history.
     """
 
-    step: Int[Array, ""]
-    params: PyTree[Float[Array, "..."]]
+    step: Any
+    params: Any
     opt_state: Any
-    reference_gradient: PyTree[Float[Array, "..."]] | None
-    proxy_gradient: PyTree[Float[Array, "..."]] | None
-    key: Key[Array, ""]
+    reference_gradient: Any
+    proxy_gradient: Any
+    key: Any
 
 
 def init_state(
@@ -71,12 +70,12 @@ def state_shardings(spec: ModelSpec, optimizer: Optimizer, mesh: Mesh, *, direct
     logical = transformer.logical_axes(spec)
     like_params = tree_shardings(mesh, logical, shapes.params)
     return TrainState(
-        step=replicated(mesh),  # type: ignore[arg-type]
+        step=replicated(mesh),
         params=like_params,
         opt_state=tree_shardings(mesh, opt_state_logical_axes(optimizer, shapes.params, logical), shapes.opt_state),
         reference_gradient=like_params if directed else None,
         proxy_gradient=like_params if directed else None,
-        key=replicated(mesh),  # type: ignore[arg-type]
+        key=replicated(mesh),
     )
 
 

@@ -26,8 +26,8 @@ from opus_jax.optim.preconditioner import direction_with_report
 from opus_jax.selection import METHODS
 from opus_jax.training.state import TrainState, state_shardings
 
-Batch = dict[str, jax.Array]  # tokens, segment_ids int32[N, T]; loss_mask float32[N, T]
-Metrics = dict[str, jax.Array]
+Batch = dict[str, Any]  # tokens, segment_ids int32[N, T]; loss_mask float32[N, T]
+Metrics = dict[str, Any]
 
 SCORING_METHODS = ("opus", "high_loss")
 

@@ -1,0 +1,205 @@
+"""The one step: its selections and updates against slow, obvious computations, over chunks and meshes."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from opus_jax.config import Config, from_mapping
+from opus_jax.distributed.mesh import make_mesh
+from opus_jax.influence import per_example
+from opus_jax.models.loss import batch_loss, row_losses
+from opus_jax.models.presets import resolve
+from opus_jax.optim.preconditioner import direction
+from opus_jax.training.build import optimizer_for
+from opus_jax.training.feed import put_rows
+from opus_jax.training.state import abstract_state, init_state
+from opus_jax.training.step import abstract_batch, make_step
+
+TOKENS = 16
+
+
+def config(*overrides: str) -> Config:
+    return from_mapping(
+        {
+            "model": {"preset": "tiny", "layers": 1, "width": 32, "heads": 2, "hidden": 48, "vocab_size": 64},
+            "corpus": {"row_tokens": TOKENS},
+            "batch": {"rows": 8},
+            "proxy": {"rows": 8},
+            "selection": {"warm_start_steps": 1},
+            "optimizer": {"schedule": "constant", "warmup_steps": 0, "learning_rate": 0.01},
+        },
+        overrides,
+    )
+
+
+def rows(count: int, seed: int) -> dict[str, np.ndarray]:
+    """Rows of two segments and some padding, so that rows differ in their number of targets."""
+    dice = np.random.default_rng(seed)
+    segments = np.ones((count, TOKENS), np.int32)
+    segments[:, 9:] = 2
+    for row, end in enumerate(dice.integers(12, TOKENS + 1, count)):
+        segments[row, end:] = 0
+    mask = (segments[:, 1:] != 0) & (segments[:, 1:] == segments[:, :-1])
+    tokens = dice.integers(4, 64, (count, TOKENS)).astype(np.int32)
+    return {"tokens": tokens, "segment_ids": segments, "loss_mask": np.pad(mask, ((0, 0), (1, 0))).astype(np.float32)}
+
+
+class Run:
+    """A model, its state and the step, on some devices."""
+
+    def __init__(self, config: Config, devices: int = 1):
+        self.config = config
+        self.mesh = make_mesh(config.mesh, jax.devices()[:devices])
+        self.spec = resolve(config.model, 64, TOKENS)
+        self.optimizer = optimizer_for(self.spec, config)
+        directed = config.selection.method == "opus"
+        self.state = init_state(self.spec, self.optimizer, 0, self.mesh, directed=directed)
+        self.step = make_step(self.spec, self.optimizer, config, self.mesh)
+
+    def go(self, steps: int) -> list[dict[str, np.ndarray]]:
+        history = []
+        for i in range(steps):
+            candidates = put_rows(rows(self.config.candidates, seed=i), self.mesh)
+            proxy = put_rows(rows(self.config.proxy.rows, seed=100 + i), self.mesh)
+            self.state, metrics = self.step(self.state, candidates, proxy)
+            history.append({name: np.asarray(value) for name, value in metrics.items()})
+        return history
+
+
+def host(tree: Any) -> Any:
+    return jax.tree.map(np.array, tree)
+
+
+def largest_difference(first: Any, second: Any) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+
+
+def test_a_step_is_what_its_parts_say() -> None:
+    """Utilities, the chosen rows and the update of one scored step, recomputed with per-example gradients."""
+    run = Run(config("selection.temperature=0"))
+    run.go(2)
+    state = host((run.state.params, run.state.opt_state, run.state.reference_gradient))
+    params, opt_state, reference = jax.tree.map(jnp.asarray, state)
+    candidates, proxy = ({k: jnp.asarray(v) for k, v in rows(n, s).items()} for n, s in ((16, 2), (8, 102)))
+    fresh, metrics = run.step(run.state, put_rows(rows(16, 2), run.mesh), put_rows(rows(8, 102), run.mesh))
+
+    def mean_loss(params: Any, batch: Any) -> Any:
+        nats, tokens = batch_loss(run.spec, params, batch)
+        return nats / tokens
+
+    g_proxy = jax.grad(mean_loss)(params, proxy)
+    v = direction(run.optimizer, opt_state, params, reference, g_proxy)
+    utilities = per_example.utilities(partial(row_losses, run.spec), params, v, candidates)
+    np.testing.assert_allclose(metrics["utility"], utilities, rtol=2e-3, atol=1e-6)
+    best = np.sort(np.argsort(-np.asarray(utilities))[:8])
+    np.testing.assert_array_equal(metrics["indices"], best)
+    chosen = {name: x[best] for name, x in candidates.items()}
+    gradient = jax.grad(mean_loss)(params, chosen)
+    updates, _ = run.optimizer.transform.update(gradient, opt_state, params)
+    assert largest_difference(host(fresh.params), host(optax.apply_updates(params, updates))) < 1e-5
+    assert largest_difference(host(fresh.reference_gradient), host(gradient)) < 1e-5
+    np.testing.assert_allclose(metrics["loss"], mean_loss(params, chosen), rtol=1e-5)
+    assert int(metrics["update_tokens"]) == int(np.asarray(chosen["loss_mask"]).sum())
+
+
+def test_warm_start_selects_at_random_and_keeps_the_proxy_gradient_untouched() -> None:
+    run = Run(config("selection.warm_start_steps=2"))
+    history = run.go(3)
+    assert [bool(m["selected_at_random"]) for m in history] == [True, True, False]
+    assert not history[0]["utility"].any()
+    assert history[2]["utility"].std() > 0
+    assert len({tuple(m["indices"]) for m in history}) == 3
+
+
+def test_without_a_warm_start_the_first_direction_is_taken_at_a_random_batch() -> None:
+    run = Run(config("selection.warm_start_steps=0"))
+    (first,) = run.go(1)
+    assert np.isfinite(first["utility"]).all()
+    assert first["utility"].std() > 0, "at a zero reference gradient clipping would leave no direction"
+    assert not first["selected_at_random"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "override", "devices"),
+    [
+        ("muon", "batch.microbatch=2 selection.score_chunk=4", 1),
+        ("adamw", "model.remat=full", 1),
+        ("adamw", "mesh.data=8", 8),
+        ("muon", "mesh.fsdp=2 mesh.tensor=2", 8),
+    ],
+)
+def test_chunks_and_meshes_change_nothing(optimizer: str, override: str, devices: int) -> None:
+    """The same rows selected, and the same losses to float tolerance, as whole buffers on one device."""
+    whole, split = _plain(optimizer), Run(config(f"optimizer.name={optimizer}", *override.split()), devices).go(4)
+    for a, b in zip(whole, split, strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=2e-5)
+        np.testing.assert_allclose(a["z"], b["z"], atol=5e-3)
+        np.testing.assert_array_equal(a["indices"], b["indices"])
+
+
+_HISTORIES: dict[str, Any] = {}
+
+
+def _plain(optimizer: str) -> Any:
+    if optimizer not in _HISTORIES:
+        _HISTORIES[optimizer] = Run(config(f"optimizer.name={optimizer}")).go(4)
+    return _HISTORIES[optimizer]
+
+
+def test_every_leaf_of_the_state_lies_on_the_mesh() -> None:
+    run = Run(config("mesh.fsdp=2", "mesh.tensor=2", "optimizer.name=muon"), devices=8)
+    for state in (run.state, (run.go(1), run.state)[1]):
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        assert all(isinstance(s, jax.sharding.NamedSharding) and s.mesh == run.mesh for s in jax.tree.leaves(shardings))
+    kernel = run.state.params["blocks"]["attention"]["query"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (1, 16, 16)
+    moments = [x for x in jax.tree.leaves(run.state.opt_state) if x.shape == kernel.shape]
+    assert moments
+    assert all(x.sharding.shard_shape(x.shape) == (1, 16, 16) for x in moments)
+
+
+def test_methods() -> None:
+    """`none` trains on every row, `random` scores nothing, `high_loss` at temperature 0 takes the highest losses."""
+    none = Run(config("selection.method=none")).go(1)[0]
+    np.testing.assert_array_equal(none["indices"], np.arange(8))
+    random = Run(config("selection.method=random")).go(1)[0]
+    assert not random["utility"].any()
+    assert random["selected"].sum() == 8
+    run = Run(config("selection.method=high_loss", "selection.temperature=0"))
+    high = run.go(2)[1]
+    np.testing.assert_array_equal(high["indices"], np.sort(np.argsort(-high["utility"])[:8]))
+    assert run.state.reference_gradient is None
+
+
+def test_scoring_window_sees_only_the_first_tokens() -> None:
+    """With v = g_proxy a utility depends on the candidate's own tokens and on nothing else of the buffer."""
+
+    def utilities(run: Run, tail: int) -> np.ndarray:
+        batch = rows(16, 0)
+        batch["tokens"][:, 8:] = tail
+        run.state = init_state(run.spec, run.optimizer, 0, run.mesh, directed=True)
+        _, metrics = run.step(run.state, put_rows(batch, run.mesh), put_rows(rows(8, 1), run.mesh))
+        return np.asarray(metrics["utility"])
+
+    settings = ("selection.warm_start_steps=0", "selection.direction=identity")
+    windowed, whole = Run(config("selection.window=8", *settings)), Run(config(*settings))
+    np.testing.assert_array_equal(utilities(windowed, 5), utilities(windowed, 60))
+    assert np.abs(utilities(whole, 5) - utilities(whole, 60)).max() > 1e-4
+
+
+def test_engines_agree() -> None:
+    jvp = Run(config()).go(2)[1]["utility"]
+    oracle = Run(config("selection.engine=per_example")).go(2)[1]["utility"]
+    np.testing.assert_allclose(jvp, oracle, rtol=2e-3, atol=1e-6)
+
+
+def test_lowers_for_abstract_inputs_without_allocating() -> None:
+    run = Run(config("mesh.fsdp=2"), devices=8)
+    state = abstract_state(run.spec, run.optimizer, run.mesh, directed=True)
+    lowered = run.step.lower(state, abstract_batch(16, TOKENS, run.mesh), abstract_batch(8, TOKENS, run.mesh))
+    assert lowered.compile().memory_analysis().temp_size_in_bytes > 0
