@@ -19,10 +19,10 @@ STACKED = {"blocks": {"kernel": contrib.MuonDimensionNumbers(1, 2), "gain": None
 ADAMW = optax.adamw(1e-2, b2=0.95, eps=1e-6)
 
 
-def tree(seed, scale=1.0, dtype=np.float64):
+def tree(seed):
     draw = np.random.default_rng(seed)
     is_shape = lambda s: isinstance(s, tuple)  # noqa: E731
-    return jax.tree.map(lambda s: jnp.asarray(scale * draw.normal(size=s), dtype), SHAPES, is_leaf=is_shape)
+    return jax.tree.map(lambda s: jnp.asarray(draw.normal(size=s)), SHAPES, is_leaf=is_shape)
 
 
 def dot(a, b):
