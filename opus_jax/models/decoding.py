@@ -12,7 +12,7 @@ from opus_jax.errors import UserError
 from opus_jax.models.presets import ModelSpec
 from opus_jax.models.transformer import Params, apply
 
-_LENGTH_STEP = 64  # rows are padded to a multiple of this, so that prompts of many lengths share a compiled step
+_SHORTEST_ROW = 64  # rows double from here as they fill, so that few lengths are compiled
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,11 @@ def generate_tokens(
       UserError: the prompt is empty or has unknown ids, the key is missing, or the learned positions end.
     """
     _check(spec, prompt_ids, max_new_tokens, sampling, key)
-    start, end = len(prompt_ids), len(prompt_ids) + max_new_tokens
-    row = jnp.zeros((1, _row_length(spec, end)), jnp.int32).at[0, :start].set(jnp.asarray(prompt_ids, jnp.int32))
+    row = jnp.asarray([prompt_ids], jnp.int32)
     key = jax.random.key(0) if key is None else key
-    for length in range(start, end):
+    for length in range(len(prompt_ids), len(prompt_ids) + max_new_tokens):
+        if length >= row.shape[1]:
+            row = jnp.pad(row, ((0, 0), (0, _row_length(spec, length + 1) - row.shape[1])))
         row, token = _extend(spec, sampling, params, row, jnp.int32(length), key)
         if int(token) == eos_id:
             return
@@ -119,9 +120,9 @@ def keep_likely(logits: Float[Array, " V"], top_k: int | None, top_p: float | No
     return logits
 
 
-def _row_length(spec: ModelSpec, end: int) -> int:
-    padded = -(-end // _LENGTH_STEP) * _LENGTH_STEP
-    return min(padded, spec.max_length) if spec.positions == "learned" else padded
+def _row_length(spec: ModelSpec, needed: int) -> int:
+    length = max(_SHORTEST_ROW, 1 << (needed - 1).bit_length())
+    return min(length, spec.max_length) if spec.positions == "learned" else length
 
 
 def _check(
