@@ -44,7 +44,9 @@ create() {
     say "$python cannot make virtual environments: sudo apt install $version   (or install uv), then run make again"
     exit 1
   else
-    say "Python 3.11, 3.12 or 3.13 is needed and ${PYTHON:-python3} is $(${PYTHON:-python3} --version 2>&1 | head -n 1 || true)"
+    local found=absent
+    if command -v "${PYTHON:-python3}" > /dev/null; then found=$("${PYTHON:-python3}" --version 2>&1 | head -n 1 || true); fi
+    say "Python 3.11, 3.12 or 3.13 is needed; ${PYTHON:-python3} here is: $found"
     say "install one (Debian, Ubuntu: sudo apt install python3.12 python3.12-venv; macOS: brew install python@3.12), or install uv"
     exit 1
   fi
@@ -59,7 +61,7 @@ install() {
   fi
   local progress=off
   if [ -t 1 ]; then progress=on; fi
-  "$python" -m pip install --quiet --disable-pip-version-check --progress-bar "$progress" \
+  PYTHONWARNINGS=ignore "$python" -m pip install --quiet --disable-pip-version-check --progress-bar "$progress" \
     ${constraints[@]+"${constraints[@]}"} --editable ".${extras:+[$extras]}"
 }
 

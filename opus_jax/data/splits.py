@@ -92,14 +92,14 @@ def _place(corpus: Corpus, config: CorpusConfig, extra: list[Document], counts: 
     shares = (config.validation_share, 0.0 if extra else config.proxy_share)
     copies = ExactCopies()
 
-    held_out = (placed for placed in _read(corpus, shares) if placed[0] != "train")
+    read = (placed for placed in _read(corpus, shares) if placed[0] != "train")
     users: Iterator[Placed] = (("proxy", len(corpus.domains), document) for document in extra)
-    held_out = list(_without_exact_copies(itertools.chain(held_out, users), copies, names, counts))
+    held_out = list(_without_exact_copies(itertools.chain(read, users), copies, names, counts))
     validation = [placed for placed in held_out if placed[0] == "validation"]
     proxy = [placed for placed in held_out if placed[0] == "proxy"]
     proxy = list(_without_near_copies(proxy, validation, "near_copy_of_validation", names, counts))
 
-    train = (placed for placed in _read(corpus, shares) if placed[0] == "train")
+    train: Iterator[Placed] = (placed for placed in _read(corpus, shares) if placed[0] == "train")
     train = _without_exact_copies(train, copies, names, counts)
     train = _without_near_copies(train, validation + proxy, "near_copy_of_held_out", names, counts)
     for split, index, document in itertools.chain(validation, proxy, _with_noise(train, names, noise)):

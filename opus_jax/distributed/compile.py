@@ -93,7 +93,7 @@ def measure(lowered: Any, topology: Topology) -> dict[str, Any]:
 
 
 def count_collectives(program: str) -> dict[str, int]:
-    """How many collective operations of each kind a compiled program (HLO text) holds; a start and its done count once."""
+    """Collective operations of each kind in a compiled program (HLO text); a start and its done count once."""
     kinds = "|".join(COLLECTIVES)
     return dict(Counter(re.findall(rf" ({kinds})(?:-start)?\(", program)))
 
@@ -132,7 +132,7 @@ def _memory(compiled: Any) -> dict[str, int]:
 
 
 def _first_sentence(message: str) -> str:
-    """`... RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory ... (15.75G). HLO ...` -> the middle part."""
+    """`RESOURCE_EXHAUSTED: ... Ran out of memory ... (15.75G). HLO ...` -> the middle part."""
     found = re.search(r"Ran out of memory[^\n]*?\)(?=\.|$)", message)
     return found.group(0) if found else message.splitlines()[0]
 

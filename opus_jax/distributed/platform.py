@@ -45,7 +45,7 @@ def accelerator_plugins() -> list[str]:
 def _mention_unused_gpu() -> None:
     if nvidia_devices():
         print(
-            "opus-jax: an NVIDIA GPU is here, but JAX's CUDA build is not installed, so the CPU is used; to use the GPU: "
+            "opus-jax: an NVIDIA GPU is here but JAX's CUDA build is not installed, so the CPU is used; to use it: "
             'pip install "opus-jax[gpu]" (in a checkout: make venv DEVICE=gpu)',
             file=sys.stderr,
         )

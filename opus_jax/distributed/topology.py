@@ -98,7 +98,7 @@ def absent_devices(topology: Topology) -> list[Any]:
 
 
 def compiler_environment(topology: Topology) -> dict[str, str]:
-    """Variables under which libtpu compiles without a TPU: it asks no metadata server, locks nothing and logs nothing."""
+    """Variables under which libtpu compiles without a TPU: no metadata server, no lock, no log files."""
     return {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",

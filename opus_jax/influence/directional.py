@@ -103,7 +103,7 @@ def _derivative(
 ) -> Array:
     if method not in METHODS:
         raise ValueError(f"method = {method!r}: must be one of {', '.join(METHODS)}")
-    if jax.tree.structure(direction) != jax.tree.structure(params):
+    if jax.tree.structure(direction) != jax.tree.structure(params):  # type: ignore[operator]
         raise UserError("the direction is not a tree like the parameters: take it from opus_jax.direction")
     tangent = jax.tree.map(lambda v, p: v.astype(p.dtype), direction, params)
 

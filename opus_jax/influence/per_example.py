@@ -51,7 +51,7 @@ def utilities(
 
     def dot(rows: Batch) -> Float[Array, " n"]:
         gradients = per_example_gradients(loss_fn, params, rows)
-        return sum(jax.tree.leaves(jax.tree.map(_row_dot, gradients, direction)))
+        return jax.tree.reduce(jnp.add, jax.tree.map(_row_dot, gradients, direction))
 
     return map_chunks(dot, batch, chunk)
 

@@ -39,7 +39,10 @@ def frozen_product(
     by_diagonal, by_matrix = _diagonal(optimizer, opt_state), _matrix(optimizer, opt_state)
 
     def product(g: Array, nu: Array | None, q: Array | None) -> Array:
-        return by_diagonal(g, nu) if nu is not None else by_matrix(g, q)
+        if nu is not None:
+            return by_diagonal(g, nu)
+        assert q is not None, "a parameter belongs to AdamW or to Muon"
+        return by_matrix(g, q)
 
     return jax.tree.map(product, gradient, nu, momentum)
 

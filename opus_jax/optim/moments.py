@@ -56,7 +56,7 @@ def find_states(opt_state: Any, kind: type) -> list[Any]:
 
 def _slots(moments: PyTree[Any], params: PyTree[Any]) -> list[tuple[int, Array]]:
     """(index among the parameters' leaves, moment) of the moments that are not masked out."""
-    structure = jax.tree.structure(params)
+    structure: Any = jax.tree.structure(params)
     index = jax.tree.unflatten(structure, list(range(structure.num_leaves)))
     found: list[tuple[int, Array]] = []
 

@@ -92,7 +92,8 @@ def opt_state_logical_axes(optimizer: AnyOptimizer, params_like: PyTree[Any], lo
       Tree with the structure of the optimizer state and tuples as leaves.
     """
     shapes = jax.tree_util.tree_flatten_with_path(params_like)[0]
-    axes = jax.tree.structure(params_like).flatten_up_to(logical_axes)
+    structure: Any = jax.tree.structure(params_like)
+    axes = structure.flatten_up_to(logical_axes)
     owner = {path: (x.shape, names) for (path, x), names in zip(shapes, axes, strict=True)}
 
     def axes_of(path: tuple[Any, ...], leaf: Any) -> tuple[Any, ...]:
@@ -102,7 +103,7 @@ def opt_state_logical_axes(optimizer: AnyOptimizer, params_like: PyTree[Any], lo
                 return tuple(names)
         return ()
 
-    init = optimizer.transform.init if isinstance(optimizer, Optimizer) else optimizer.init
+    init = optimizer.transform.init if isinstance(optimizer, Optimizer) else optimizer.init  # type: ignore[attr-defined]
     return jax.tree_util.tree_map_with_path(axes_of, jax.eval_shape(init, params_like))
 
 

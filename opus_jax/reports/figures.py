@@ -14,6 +14,7 @@ from opus_jax.reports.selection_reader import Z_EDGES, SelectionSummary
 
 POINTS = 400  # of one line, at most
 DOMAINS = 10  # of one chart, at most
+BANDS = 4  # more of them hide each other
 LABEL = 36  # characters of a name in a chart, at most
 
 # Told apart by people with colour-blindness and on white as on black.
@@ -71,7 +72,9 @@ def domains_chart(runs: Sequence[Run]) -> Chart | None:
             steps, values = thin(series)
             style = {"color": COLOURS[place], "dash": dash, "width": 2}
             shown = label(name) if run is runs[0] else f"{label(name)} ({label(run.name)})"
-            figure.add_scatter(y=values, name=shown, line=style, mode="lines", legendgroup=label(name))
+            figure.add_scatter(
+                y=values, name=shown, line=style, mode="lines", legendgroup=label(name), showlegend=run is runs[0]
+            )
             _add_axes(axes, run, steps)
     if not figure.data:
         return None
@@ -143,21 +146,22 @@ def utility_over_time_chart(run: Run, summary: SelectionSummary) -> Chart | None
     if not summary.z_counts.any():
         return None
     figure = go.Figure()
-    for place, group in enumerate(_largest(run.domains, summary.offered.sum(0))):
+    groups = _largest(run.domains, summary.offered.sum(0))
+    for place, group in enumerate(groups):
         counts = summary.z_counts[:, group.ids].sum(1)
         low, median, high = (_rounded(z_quantile(counts, share)) for share in (0.25, 0.5, 0.75))
         colour = COLOURS[place]
         band = {"x": summary.middles, "mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
-        figure.add_scatter(y=low, legendgroup=group.name, **band)
-        figure.add_scatter(y=high, legendgroup=group.name, fill="tonexty", fillcolor=f"{colour}22", **band)
+        if len(groups) <= BANDS:
+            figure.add_scatter(y=low, legendgroup=group.name, **band)
+            figure.add_scatter(y=high, legendgroup=group.name, fill="tonexty", fillcolor=f"{colour}22", **band)
         style = {"color": colour, "width": 2}
         figure.add_scatter(
             x=summary.middles, y=median, mode="lines", name=group.name, line=style, legendgroup=group.name
         )
     _name_axes(figure, "step", "z-score")
-    caption = (
-        "Median, and the middle half of the rows. A domain that crosses 0 has changed its worth as the model learnt."
-    )
+    what = "Median, and the middle half of the rows" if len(groups) <= BANDS else "Median"
+    caption = f"{what}. A domain that crosses 0 has changed its worth as the model learnt."
     return Chart("utility-time", f"{_score(run)} over time", caption, figure)
 
 

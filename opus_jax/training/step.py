@@ -116,8 +116,8 @@ def _select(
             skip = lambda: (state.proxy_gradient, scores, nonfinite)  # noqa: E731
             proxy_gradient, scores, nonfinite = jax.lax.cond(warm, skip, score)
         case "high_loss":
-            score = partial(_losses, spec, config, state.params, candidates)
-            scores = jax.lax.cond(warm, lambda: scores, score)
+            losses = partial(_losses, spec, config, state.params, candidates)
+            scores = jax.lax.cond(warm, lambda: scores, losses)
     # Equal scores (a warm start gives zeros) are sampled uniformly by every method.
     indices, diagnostics = METHODS[config.selection.method](
         scores, config.batch.rows, temperature=config.selection.temperature, key=sample_key

@@ -87,7 +87,10 @@ def test_what_cannot_be_read_is_counted(tmp_path):
     problems = python_env.Problems()
     domains = python_env._read(files, problems)
     assert domains["code"][0].source.startswith("pack 1: good.py")
-    assert problems.to_mapping()["counts"] == {"pack 1: binary.py: not UTF-8": 1, "pack 1: wrong.py: not valid Python": 1}
+    assert problems.to_mapping()["counts"] == {
+        "pack 1: binary.py: not UTF-8": 1,
+        "pack 1: wrong.py: not valid Python": 1,
+    }
 
 
 def test_domains_are_chosen_and_unknown_ones_named():

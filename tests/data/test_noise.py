@@ -6,7 +6,9 @@ from opus_jax.data.documents import Document
 from opus_jax.data.noise import TRANSFORMS, Noise, read_noise
 from opus_jax.errors import ConfigError
 
-TEXT = "\n".join(f"The {i}th line of this document tells of rivers, hills and the weather of day {i}." for i in range(40))
+TEXT = "\n".join(
+    f"The {i}th line of this document tells of rivers, hills and the weather of day {i}." for i in range(40)
+)
 
 
 def corrupted(transform: str, text: str = TEXT) -> str:

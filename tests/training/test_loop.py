@@ -1,5 +1,6 @@
 """Whole small runs: what they leave behind, and that being killed changes nothing."""
 
+import json
 import os
 import shutil
 import signal
@@ -96,7 +97,7 @@ def test_resume_removes_what_the_logs_had_beyond_the_checkpoint(root: Path, undi
     assert selection_rows(run).equals(selection_rows(root / "undisturbed"))
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "empty"])
+@pytest.mark.parametrize("damage", ["flip", "empty"])
 def test_a_damaged_checkpoint_is_passed_over(
     root: Path, undisturbed: dict[str, Any], damage: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,11 +155,21 @@ def test_other_methods_train(root: Path, undisturbed: dict[str, Any], method: st
 
 
 def start(config: Config, root: Path) -> subprocess.Popen[str]:
+    """`opus-jax train` on one device; what it compiles is kept for the next start."""
     file = root / f"{Path(config.run.dir or '').name}.yaml"
     config.save(file)
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(root / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = os.environ | cache | {"XLA_FLAGS": " ".join(flags)}
     command = [sys.executable, "-m", "opus_jax", "train", str(file)]
-    return subprocess.Popen(command, env=os.environ | cache, text=True, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+
+
+def finish(config: Config, root: Path) -> dict[str, Any]:
+    process = start(config, root)
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors
+    return json.loads((Path(config.run.dir or "") / "summary.json").read_text())
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -173,27 +184,26 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
 def long_config(root: Path, run: str) -> Config:
     """Enough steps that a signal arrives in the middle."""
     settings = mapping(root, run)
-    settings["run"] |= {"steps": 400, "save_every": 20, "eval_every": 200}
+    settings["run"] |= {"steps": 160, "save_every": 20, "eval_every": 80}
     return from_mapping(settings)
 
 
 def test_killed_at_any_moment_and_interrupted_the_run_ends_as_if_nothing_had_happened(root: Path) -> None:
-    whole = train(long_config(root, "whole"), progress=False)
+    whole = finish(long_config(root, "whole"), root)
     config, run = long_config(root, "killed"), root / "killed"
-    for step in (3, 57, 111):  # before the first checkpoint, and between two
+    for step in (3, 45):  # before the first checkpoint, and between two
         process = start(config, root)
         wait_for_step(run, step, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    for step, stop in ((150, signal.SIGTERM), (190, signal.SIGINT)):
+        process.kill()
+        process.communicate()
+    for step, stop in ((70, signal.SIGTERM), (95, signal.SIGINT)):
         process = start(config, root)
         wait_for_step(run, step, process)
         process.send_signal(stop)
-        assert process.wait(60) == 130, process.communicate()[1]
-        assert "the same command goes on" in process.communicate()[1]
-    last = start(config, root)
-    assert last.wait(120) == 0, last.communicate()[1]
-    resumed = train(config, progress=False)
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode == 130, errors
+        assert "the same command goes on" in errors
+    resumed = finish(config, root)
     assert {key: resumed[key] for key in DIGESTS} == {key: whole[key] for key in DIGESTS}
     assert [line["loss"] for line in lines(run) if "loss" in line] == [
         line["loss"] for line in lines(root / "whole") if "loss" in line

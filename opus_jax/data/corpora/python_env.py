@@ -64,7 +64,9 @@ def load(config: CorpusConfig) -> Corpus:
     listed = [*_standard_library(), *_installed_packages()]
     problems = Problems()
     read = functools.cache(lambda: _read(_sample(listed), problems))
-    domains = tuple(Domain(name, note, lambda name=name: iter(read()[name])) for name, note in LICENCES.items())
+    domains = tuple(
+        Domain(name, note, functools.partial(lambda name: iter(read()[name]), name)) for name, note in LICENCES.items()
+    )
     return Corpus("python-env", domains, _versions(listed), problems)
 
 
@@ -123,7 +125,7 @@ def _sample(files: list[_File]) -> list[tuple[str, _File]]:
     chosen = []
     used: Counter[str] = Counter()
     for file in sorted(files, key=lambda f: hashlib.blake2b(f.name.encode("utf-8", "surrogateescape")).digest()):
-        kind = _kind(file.name)
+        kind = _kind(file.name) or "data"  # a listed file has a kind
         whole = kind == "modules" and file.package.startswith("python ")
         limit = math.inf if whole else _BUDGET.get(kind, math.inf)
         if file.size <= _LARGEST_FILE and used[kind] + file.size <= limit:

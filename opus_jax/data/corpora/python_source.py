@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 _HEAD_CHARACTERS = 500  # where generated files say so
 _GENERATED = re.compile(r"auto[- ]?generated|generated (by|from|with)|do not edit", re.IGNORECASE)
-_TABLE_ROW = re.compile(r"\s*[\[({]*\s*([brufBRUF]{0,2}['\"]|[-+]?(0x)?\d)")
+_LITERAL_STARTS = frozenset("'\"0123456789-+")
 _TABLE_SHARE = 0.5  # of the lines
 _BLOCKS = ("body", "handlers", "orelse", "finalbody")  # where a statement holds statements
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -50,8 +50,8 @@ def is_generated(source: str) -> bool:
 
 def is_table(source: str) -> bool:
     """True when most lines begin with a literal: encodings, lists of names, test vectors."""
-    lines = [line for line in source.splitlines() if line.strip()]
-    rows = sum(1 for line in lines if _TABLE_ROW.match(line))
+    lines = [stripped for line in source.splitlines() if (stripped := line.lstrip(" \t[({"))]
+    rows = sum(1 for line in lines if line[0] in _LITERAL_STARTS)
     return len(lines) > 20 and rows > _TABLE_SHARE * len(lines)
 
 

@@ -1,7 +1,7 @@
 """Web pages to plain text: blocks become paragraphs, preformatted text stays as it is, navigation goes."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,7 +10,22 @@ from opus_jax.data.documents import Document
 
 _HEADINGS = tuple(f"h{level}" for level in range(1, 7))
 _BLOCKS = frozenset(
-    ("p", "div", "section", "article", "table", "ul", "ol", "dl", "blockquote", "pre", "hr", "form", "center", *_HEADINGS)
+    (
+        "p",
+        "div",
+        "section",
+        "article",
+        "table",
+        "ul",
+        "ol",
+        "dl",
+        "blockquote",
+        "pre",
+        "hr",
+        "form",
+        "center",
+        *_HEADINGS,
+    )
 )
 _LINES = {"br": "\n", "tr": "\n", "dt": "\n", "dd": "\n    ", "li": "\n- "}
 _HIDDEN = frozenset(("script", "style", "head", "nav", "noscript", "svg", "select", "button", "textarea"))
@@ -27,7 +42,7 @@ def page_text(html: str) -> str:
     return reader.text()
 
 
-def html_files(*patterns: str, without: str | None = None):
+def html_files(*patterns: str, without: str | None = None) -> Callable[[Path, str], Iterator[Document]]:
     """A parser of all pages that match the globs, less those whose path matches the expression `without`."""
 
     def parse(root: Path, package: str) -> Iterator[Document]:

@@ -1,8 +1,9 @@
 """Files whose text needs no parsing, and the tidying that all parsers share."""
 
 import gzip
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from opus_jax.data.corpora.pieces import PIECE_CHARACTERS, pieces
@@ -28,25 +29,26 @@ def text_of(path: Path) -> str:
     return raw.decode("utf-8", "replace")
 
 
-def documents(text: str, source: str, size: int = PIECE_CHARACTERS) -> Iterator[Document]:
+def documents(text: str, source: str, size: int = PIECE_CHARACTERS, shortest: int = _SHORTEST) -> Iterator[Document]:
     """Tidied `text` in documents of about `size` characters, numbered where there are several."""
-    parts = [part for part in pieces(tidy(text), size) if len(part) >= _SHORTEST]
+    text = tidy(text)
+    parts = list(pieces(text, size)) if len(text) >= shortest else []
     for number, part in enumerate(parts, 1):
         yield Document(part, f"{source} ({number} of {len(parts)})" if len(parts) > 1 else source)
 
 
 def grouped(entries: Iterable[str], source: str, size: int = 6_000) -> Iterator[Document]:
-    """Documents of consecutive short entries, about `size` characters each."""
+    """Documents of consecutive short entries, about `size` characters each, named by their first entry."""
     group: list[str] = []
     length = 0
-    for entry in entries:
-        group.append(tidy(entry))
-        length += len(group[-1])
-        if length >= size:
-            yield from documents("\n\n".join(group), f"{source}: {_name(group[0])}", 2 * size)
+    for entry in itertools.chain(entries, [None]):
+        if group and (entry is None or length >= size):
+            first = re.split(r"[\n:;,\\]", group[0], maxsplit=1)[0].strip()
+            yield from documents("\n\n".join(group), f"{source}: {first[:60]}", 2 * size, shortest=1)
             group, length = [], 0
-    if group:
-        yield from documents("\n\n".join(group), f"{source}: {_name(group[0])}", 2 * size)
+        if entry is not None:
+            group.append(tidy(entry))
+            length += len(entry)
 
 
 def tidy(text: str) -> str:
@@ -55,7 +57,7 @@ def tidy(text: str) -> str:
     return re.sub(r"\n{4,}", "\n\n\n", re.sub(r"[ \t]+(?=\n)", "", text)).strip("\n")
 
 
-def plain_files(*patterns: str, without: str | None = None):
+def plain_files(*patterns: str, without: str | None = None) -> Callable[[Path, str], Iterator[Document]]:
     """A parser of all files that match the globs, less those whose path matches the expression `without`."""
 
     def parse(root: Path, package: str) -> Iterator[Document]:
@@ -64,7 +66,3 @@ def plain_files(*patterns: str, without: str | None = None):
                 yield from documents(text_of(path), f"{package}: {short_name(path)}")
 
     return parse
-
-
-def _name(entry: str) -> str:
-    return re.split(r"[\n:;,\\]", entry.strip(), maxsplit=1)[0][:60]

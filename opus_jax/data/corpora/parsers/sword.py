@@ -24,7 +24,8 @@ _TAG = re.compile(r"<[^>]*>")
 def sword_modules(root: Path, package: str) -> Iterator[Document]:
     """One document for each chapter of each module in a package (several where a chapter is long)."""
     for index in files(root, "usr/share/sword/modules/**/*.[bc]zs"):
-        chapter, parts = index.stem, []
+        chapter = index.stem
+        parts: list[str] = []
         for entry in _entries(index):
             heading = _CHAPTER.search(entry)
             if heading:
