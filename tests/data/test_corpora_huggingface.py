@@ -87,7 +87,7 @@ def test_an_interrupted_stream_leaves_nothing_that_looks_complete(hub, tmp_path)
         raise ConnectionError("no route\nto host")
 
     hub.rows = failing()
-    with pytest.raises(UserError, match="org/pages:small at 0123.*no route to host"):
+    with pytest.raises(UserError, match=r"org/pages:small at 0123.*no route to host"):
         load_corpus(config(tmp_path))
     hub.rows = list(ROWS)
     assert len(documents(load_corpus(config(tmp_path)))["pages"]) == 20

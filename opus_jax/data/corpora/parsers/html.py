@@ -27,7 +27,7 @@ _BLOCKS = frozenset(
         *_HEADINGS,
     )
 )
-_LINES = {"br": "\n", "tr": "\n", "dt": "\n", "dd": "\n    ", "li": "\n- "}
+_LINES = {"br": "\n", "tr": "\n", "dt": "\n", "dd": "\n    \1", "li": "\n- \1"}  # after \1, no space or empty line
 _HIDDEN = frozenset(("script", "style", "head", "nav", "noscript", "svg", "select", "button", "textarea"))
 _NAVIGATION = re.compile(
     r"\b(navheader|navfooter|nav|menu|searchmenu|tagline|nosearch|toc|fancy_toc|fancy-toc\d|sidebar|hdlink)\b"
@@ -92,8 +92,8 @@ class _PageReader(HTMLParser):
 
     def text(self) -> str:
         """Any number of block edges (NUL), with the white space before and between them, is one empty line."""
-        joined = re.sub(r"[ \n]*\0(?:[ \n]*\0)*\n*", "\n\n", "".join(self._out))
-        return re.sub(r"(?<=\n- )\s+|(?<=\n    )\s+", "", joined)
+        joined = re.sub("\1[ \n\0]*", "", "".join(self._out))
+        return re.sub(r"[ \n]*\0(?:[ \n]*\0)*\n*", "\n\n", joined)
 
     def _open(self, tag: str) -> None:
         if tag == "pre":
