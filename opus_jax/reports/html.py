@@ -1,7 +1,7 @@
 """The report of a run: one self-contained page that needs no network and runs no script but its own two.
 
 All text that comes from a corpus, a file name or a configuration passes through `escape` (in the page) or
-`figures.label` (in a chart). The content security policy names the hashes of the page's scripts, so that nothing else
+`chart.label` (in a chart). The content security policy names the hashes of the page's scripts, so that nothing else
 could run even if some text slipped through.
 """
 
@@ -19,7 +19,8 @@ from plotly.offline import get_plotlyjs
 from plotly.utils import PlotlyJSONEncoder
 
 from opus_jax.errors import UserError
-from opus_jax.reports import figures
+from opus_jax.reports import choice_charts, result_charts
+from opus_jax.reports.chart import Chart
 from opus_jax.reports.examples import read_examples, records_folder
 from opus_jax.reports.fragments import domain_table, escape, example_cards, run_table
 from opus_jax.reports.run import Run, load_run, sibling
@@ -65,10 +66,13 @@ def _told_apart(runs: list[Run]) -> list[Run]:
 def _page(runs: list[Run], texts: bool) -> str:
     run, baseline = runs[0], runs[1] if len(runs) > 1 else None
     summary = _selection_summary(run)
-    bought = _drawn(figures.target_chart(runs), figures.loss_chart(runs), figures.domains_chart(runs))
+    bought = _drawn(result_charts.target_chart(runs), result_charts.loss_chart(runs), result_charts.domains_chart(runs))
     chosen = _choice_charts(run, summary)
     cost = _drawn(
-        figures.audit_chart(run), figures.overhead_chart(runs), figures.speed_chart(runs), figures.wait_chart(runs)
+        result_charts.audit_chart(run),
+        result_charts.overhead_chart(runs),
+        result_charts.speed_chart(runs),
+        result_charts.wait_chart(runs),
     )
     lines = "".join(f"<p>{escape(line)}</p>" for line in findings(run, baseline))
     tables = run_table(runs) + domain_table(run, baseline, summary)
@@ -94,15 +98,15 @@ def _selection_summary(run: Run) -> SelectionSummary | None:
     return run.selection.summarise(len(run.domains), run.steps, first_scored=first, extremes=run.config.report.examples)
 
 
-def _choice_charts(run: Run, summary: SelectionSummary | None) -> list[figures.Chart]:
+def _choice_charts(run: Run, summary: SelectionSummary | None) -> list[Chart]:
     if summary is None:
         return []
     return _drawn(
-        figures.share_chart(run, summary),
-        figures.utility_chart(run, summary),
-        figures.utility_over_time_chart(run, summary),
-        figures.preference_chart(run, summary),
-        figures.spread_chart(run),
+        choice_charts.share_chart(run, summary),
+        choice_charts.utility_chart(run, summary),
+        choice_charts.utility_over_time_chart(run, summary),
+        choice_charts.preference_chart(run, summary),
+        choice_charts.spread_chart(run),
     )
 
 
@@ -143,18 +147,18 @@ def _texts(run: Run, summary: SelectionSummary | None, wanted: bool) -> str:
 # ------------------------------------------------------------------------------------------------ markup
 
 
-def _drawn(*charts: figures.Chart | None) -> list[figures.Chart]:
+def _drawn(*charts: Chart | None) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def _section(heading: str, note: str, charts: list[figures.Chart], content: str = "") -> str:
+def _section(heading: str, note: str, charts: list[Chart], content: str = "") -> str:
     if not (charts or note or content):
         return ""
     drawn = f'<div class="charts">{"".join(map(_figure, charts))}</div>' if charts else ""
     return f'<section><h2>{escape(heading)}</h2><p class="soft">{escape(note)}</p>{content}{drawn}</section>'
 
 
-def _figure(chart: figures.Chart) -> str:
+def _figure(chart: Chart) -> str:
     buttons = "".join(_button(chart.id, name, pressed=i == 0) for i, name in enumerate(chart.axes or {}))
     axes = f'<div class="axes" role="group" aria-label="Horizontal axis">{buttons}</div>' if buttons else ""
     # The caption of a chart was made for plotly, so it is escaped already.
@@ -169,7 +173,7 @@ def _button(chart: str, name: str, pressed: bool) -> str:
     return f'<button type="button" data-chart="{chart}" aria-pressed="{str(pressed).lower()}">{escape(name)}</button>'
 
 
-def _document(title: str, body: str, charts: list[figures.Chart]) -> str:
+def _document(title: str, body: str, charts: list[Chart]) -> str:
     style, script = (files("opus_jax.reports").joinpath(name).read_text() for name in ("page.css", "page.js"))
     plotly = get_plotlyjs()
     policy = (
@@ -200,7 +204,7 @@ def _hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def _data(chart: figures.Chart) -> dict[str, Any]:
+def _data(chart: Chart) -> dict[str, Any]:
     figure = chart.figure.to_plotly_json()
     figure["layout"].pop("template", None)
     return {"id": chart.id, "figure": figure, "axes": chart.axes}

@@ -60,11 +60,9 @@ def test_other_budgets_are_said(tmp_path: Path) -> None:
 
 
 def test_other_text_is_not_compared(tmp_path: Path) -> None:
-    run, random = (
-        made(tmp_path, "r", 0.1),
-        made(tmp_path, "b", 0.0, "random", corpus={"noise": {"prose": "shuffle:0.5"}}),
-    )
-    assert verdict(run, random)[1].endswith("2.9916; b has 3.0916 on other text (corpus.noise), not comparable")
+    run = made(tmp_path, "r", 0.1)
+    noisy = made(tmp_path, "b", 0.0, "random", corpus={"noise": {"prose": "shuffle:0.5"}})
+    assert verdict(run, noisy)[1].endswith("2.9916; b has 3.0916 on other text (corpus.noise), not comparable")
 
 
 def test_without_a_run_to_compare_with(tmp_path: Path) -> None:
