@@ -59,7 +59,7 @@ def _train(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from opus_jax.training.inference import evaluate_run
 
-    print(json.dumps(evaluate_run(Path(args.run_dir), tuple(args.overrides)), indent=2))
+    print(json.dumps(evaluate_run(Path(args.config), tuple(args.overrides)), indent=2))
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -67,7 +67,7 @@ def _generate(args: argparse.Namespace) -> None:
     from opus_jax.training.inference import generate_text
 
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    for piece in generate_text(Path(args.run_dir), args.prompt, args.tokens, sampling, args.seed):
+    for piece in generate_text(Path(args.config), args.prompt, args.tokens, sampling, args.seed):
         print(piece, end="", flush=True)
     print()
 
@@ -77,9 +77,9 @@ def _report(args: argparse.Namespace) -> None:
     from opus_jax.reports.run import load_run
     from opus_jax.reports.verdict import verdict
 
-    texts = _report_texts(args.overrides)
-    page = write_report(Path(args.run_dir), compare=tuple(Path(d) for d in args.compare), texts=texts)
-    run = load_run(args.run_dir)
+    settings = _config(args).report
+    page = write_report(Path(args.config), compare=tuple(Path(d) for d in args.compare), settings=settings)
+    run = load_run(args.config)
     for line in verdict(run, baseline=args.compare[0] if args.compare else None):
         print(line)
     print(page)
@@ -101,12 +101,6 @@ def _config(args: argparse.Namespace) -> Any:
     from opus_jax.config import Config
 
     return Config.load(args.config, args.overrides)
-
-
-def _report_texts(overrides: list[str]) -> bool | None:
-    from opus_jax.config import from_mapping
-
-    return from_mapping({}, overrides).report.texts if overrides else None
 
 
 # ---------------------------------------------------------------------------------------------- parsing
@@ -155,7 +149,7 @@ def _add(
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text, epilog=f"example: opus-jax {name} {example}")
     if run:
-        parser.add_argument("run_dir", metavar="RUN", help="a run folder")
+        parser.add_argument("config", metavar="RUN", help="a run folder")
     else:
         parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a run folder")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from plotly.offline import get_plotlyjs
 from plotly.utils import PlotlyJSONEncoder
 
+from opus_jax.config import ReportConfig
 from opus_jax.errors import UserError
 from opus_jax.reports import choice_charts, result_charts
 from opus_jax.reports.chart import Chart
@@ -31,13 +32,15 @@ from opus_jax.training.atomic import write_atomic
 REPORT_FILE = "report.html"
 
 
-def write_report(folder: str | Path, *, compare: Sequence[str | Path] = (), texts: bool | None = None) -> Path:
+def write_report(
+    folder: str | Path, *, compare: Sequence[str | Path] = (), settings: ReportConfig | None = None
+) -> Path:
     """Write `report.html` into a run folder, of a finished run or of one that is going on.
 
     Args:
       compare: run folders to show beside it, the first being the one it is judged against; none = the sibling
         folder with `-random` in its name, if there is one.
-      texts: show texts of the corpus; None = as `report.texts` says.
+      settings: instead of the `report` section that the run was made with.
 
     Returns:
       The page.
@@ -46,10 +49,12 @@ def write_report(folder: str | Path, *, compare: Sequence[str | Path] = (), text
       UserError: a folder is not a run, or one of its files is damaged.
     """
     run = load_run(folder)
+    if settings is not None:
+        run = dataclasses.replace(run, config=dataclasses.replace(run.config, report=settings))
     beside = list(compare) or ([found] if (found := sibling(run)) else [])
     runs = _told_apart([run, *(load_run(path) for path in beside)])
     page = run.folder / REPORT_FILE
-    write_atomic(page, _page(runs, run.config.report.texts if texts is None else texts))
+    write_atomic(page, _page(runs))
     return page
 
 
@@ -63,7 +68,7 @@ def _told_apart(runs: list[Run]) -> list[Run]:
     ]
 
 
-def _page(runs: list[Run], texts: bool) -> str:
+def _page(runs: list[Run]) -> str:
     run, baseline = runs[0], runs[1] if len(runs) > 1 else None
     summary = _selection_summary(run)
     bought = _drawn(result_charts.target_chart(runs), result_charts.loss_chart(runs), result_charts.domains_chart(runs))
@@ -82,7 +87,7 @@ def _page(runs: list[Run], texts: bool) -> str:
         f'<section class="tables" aria-label="Summary">{tables}</section>',
         _section("What it reached", "", bought),
         _section("What was chosen", _choice_note(run, summary), chosen),
-        _texts(run, summary, texts),
+        _texts(run, summary),
         _section("How far to trust the scores, and their cost", "", cost),
         "</main>",
         f"<footer><details><summary>Configuration</summary><pre>{escape(_yaml(run))}</pre></details></footer>",
@@ -121,11 +126,11 @@ def _choice_note(run: Run, summary: SelectionSummary | None) -> str:
     return f"The first {warm} steps chose at random (warm start)." if warm else ""
 
 
-def _texts(run: Run, summary: SelectionSummary | None, wanted: bool) -> str:
+def _texts(run: Run, summary: SelectionSummary | None) -> str:
     heading, what = "Texts of highest and lowest utility", "utility"
     if run.method == "high_loss":
         heading, what = "Texts of highest and lowest loss", "loss"
-    if not wanted:
+    if not run.config.report.texts:
         return _section(heading, "Left out, as report.texts = false asks.", [])
     if summary is None or not summary.highest:
         return ""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from fabricate import HOSTILE, small_config, write_run
 
+from opus_jax.config import ReportConfig
 from opus_jax.reports import html as report
 from opus_jax.reports.html import write_report
 from opus_jax.reports.run import load_run
@@ -107,7 +108,7 @@ def test_headings_are_nested_and_charts_have_names(page: Page) -> None:
 
 
 def test_texts_left_out(trained: Path, tmp_path: Path) -> None:
-    for page in (write_report(trained, texts=False), without_texts_by_config(trained, tmp_path)):
+    for page in (write_report(trained, settings=ReportConfig(texts=False)), without_texts_by_config(trained, tmp_path)):
         text = Page(page).text
         assert "report.texts = false" in text
         assert "clocks were striking" not in text
