@@ -130,5 +130,6 @@ def test_pieces_are_balanced_and_lose_no_text(size):
     parts = list(pieces(text, size))
     assert "".join("".join(parts).split()) == "".join(text.split())
     assert max(map(len, parts)) <= 2 * size
+    assert min(map(len, parts)) > min(size, 100) / 8
     assert list(pieces("short\n", size)) == ["short"]
     assert list(pieces(" \n\n", size)) == []

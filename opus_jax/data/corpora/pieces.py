@@ -11,30 +11,25 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
     """Parts of `text`, in order, of about equal length and of about `size` characters at most.
 
     A part ends at a paragraph (an empty line); a paragraph longer than `size` is cut at a line end, and a line longer
-    than that at `size` itself. Empty lines around a part are dropped, nothing else is.
+    than that at `size` itself. Empty lines around a part and white space at its end are
+    dropped, nothing else is.
     """
     target = len(text) / max(1, math.ceil(len(text) / size))
-    part: list[str] = []
-    length = 0
+    parts: list[str] = [""]
     for paragraph in _bounded(text, size):
-        if part and length + len(paragraph) / 2 > target:
-            yield from _stripped(part)
-            part, length = [], 0
-        part.append(paragraph)
-        length += len(paragraph)
-    yield from _stripped(part)
+        if parts[-1] and len(parts[-1]) + len(paragraph) / 2 > target:
+            parts.append("")
+        parts[-1] += paragraph
+    if len(parts) > 1 and len(parts[-1]) < target / 4:
+        parts[-2:] = [parts[-2] + parts[-1]]
+    stripped = (part.strip("\n").rstrip() for part in parts)
+    return (part for part in stripped if part)
 
 
 def _bounded(text: str, size: int) -> Iterator[str]:
-    for paragraph in re.split(r"(?<=\n)(?=\s*\n)", text):
+    for paragraph in re.split(r"(?<=\n)(?=[ \t]*\n)", text):
         if len(paragraph) <= size:
             yield paragraph
             continue
         for line in paragraph.splitlines(keepends=True):
             yield from (line[start : start + size] for start in range(0, len(line), size))
-
-
-def _stripped(part: list[str]) -> Iterator[str]:
-    text = "".join(part).strip("\n").rstrip()
-    if text.strip():
-        yield text
