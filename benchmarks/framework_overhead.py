@@ -89,7 +89,9 @@ def _bare(spec: ModelSpec, config: Config, rows: dict[str, np.ndarray]) -> Any:
     optimizer, mesh = optimizer_for(spec, config), make_mesh(config.mesh)
     params = jax.tree.map(jnp.array, init_state(spec, optimizer, 0, mesh, directed=False).params)
     settings = config.optimizer
-    decay = jax.tree_util.tree_map_with_path(lambda path, x: "kernel" in str(path[-1]) or "embedding" in str(path[-1]), params)
+    decay = jax.tree_util.tree_map_with_path(
+        lambda path, x: "kernel" in str(path[-1]) or "embedding" in str(path[-1]), params
+    )
     transform = optax.chain(
         optax.clip_by_global_norm(settings.clip),
         optax.adamw(

@@ -1,6 +1,7 @@
 """The command line: one sub-command per job, each thin: parse, build, call.
 
-Exit codes: 0 done; 2 the user's mistake, one line on standard error; 130 interrupted after a clean save; 1 anything else.
+Exit codes: 0 done; 2 the user's mistake, one line on standard error; 130 interrupted after a clean save;
+1 anything else.
 """
 
 import argparse
@@ -123,19 +124,66 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: opus-jax train configs/quickstart.yaml selection.temperature=0.25",
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add(commands, "prepare", _prepare, "tokenize and pack the corpus of a config", "configs/quickstart.yaml corpus.row_tokens=256")
-    _add(commands, "train", _train, "train; prepares what is missing, resumes by itself", "configs/quickstart.yaml selection.temperature=0.25")
-    _add(commands, "evaluate", _evaluate, "bits per byte of a run's newest checkpoint", "runs/quickstart evaluation.rows=500", run=True)
-    generate = _add(commands, "generate", _generate, "write text with a run's newest checkpoint", 'runs/quickstart --prompt "def "', run=True)
+    _add(
+        commands,
+        "prepare",
+        _prepare,
+        "tokenize and pack the corpus of a config",
+        "configs/quickstart.yaml corpus.row_tokens=256",
+    )
+    _add(
+        commands,
+        "train",
+        _train,
+        "train; prepares what is missing, resumes by itself",
+        "configs/quickstart.yaml selection.temperature=0.25",
+    )
+    _add(
+        commands,
+        "evaluate",
+        _evaluate,
+        "bits per byte of a run's newest checkpoint",
+        "runs/quickstart evaluation.rows=500",
+        run=True,
+    )
+    generate = _add(
+        commands,
+        "generate",
+        _generate,
+        "write text with a run's newest checkpoint",
+        'runs/quickstart --prompt "def "',
+        run=True,
+    )
     generate.add_argument("--prompt", default="", help="text to go on from")
     generate.add_argument("--tokens", type=int, default=100, help="tokens to write at most (default 100)")
     generate.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token (default 0.8)")
     generate.add_argument("--top-k", type=int, default=None, help="sample among the k likeliest tokens only")
-    generate.add_argument("--top-p", type=float, default=None, help="sample among the likeliest tokens of this total probability")
+    generate.add_argument(
+        "--top-p", type=float, default=None, help="sample among the likeliest tokens of this total probability"
+    )
     generate.add_argument("--seed", type=int, default=0)
-    report = _add(commands, "report", _report, "write report.html of a run", "runs/quickstart --compare runs/quickstart-random", run=True)
-    report.add_argument("--compare", action="append", default=[], metavar="RUN", help="a run to show beside it; may be repeated (default: RUN-random if there)")
-    compile_ = _add(commands, "compile", _compile, "compile the training step for a TPU that is not there", "configs/quickstart.yaml --topology v5p:2x2x4")
+    report = _add(
+        commands,
+        "report",
+        _report,
+        "write report.html of a run",
+        "runs/quickstart --compare runs/quickstart-random",
+        run=True,
+    )
+    report.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="a run to show beside it; may be repeated (default: RUN-random if there)",
+    )
+    compile_ = _add(
+        commands,
+        "compile",
+        _compile,
+        "compile the training step for a TPU that is not there",
+        "configs/quickstart.yaml --topology v5p:2x2x4",
+    )
     compile_.add_argument("--topology", required=True, help="for example v5p:2x2x4, v5e:4x4, v6e:2x4")
     compile_.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the figures there")
     doctor = commands.add_parser("doctor", help="check this machine and installation")
@@ -145,7 +193,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(
-    commands: Any, name: str, action: Callable[[argparse.Namespace], None], text: str, example: str, *, run: bool = False
+    commands: Any,
+    name: str,
+    action: Callable[[argparse.Namespace], None],
+    text: str,
+    example: str,
+    *,
+    run: bool = False,
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text, epilog=f"example: opus-jax {name} {example}")
     if run:

@@ -273,7 +273,9 @@ def _names(cls: type) -> list[str]:
 
 def _reject_unknown(mapping: Any, cls: type, prefix: str) -> None:
     if not isinstance(mapping, dict):
-        raise ConfigError(prefix.rstrip(".") or "(file)", mapping, f"must be a section with keys {', '.join(_names(cls))}")
+        raise ConfigError(
+            prefix.rstrip(".") or "(file)", mapping, f"must be a section with keys {', '.join(_names(cls))}"
+        )
     sections = {f.name: f.default_factory for f in dataclasses.fields(cls)}
     for key, value in mapping.items():
         if key not in sections:
@@ -366,7 +368,9 @@ def _check_corpus(config: Config) -> None:
     if corpus.name in ("local", "hf") and not corpus.path:
         raise ConfigError("corpus.path", corpus.path, f"corpus.name = {corpus.name} needs a path")
     if corpus.name == "hf" and not corpus.revision:
-        raise ConfigError("corpus.revision", corpus.revision, "corpus.name = hf needs a pinned revision (a commit hash)")
+        raise ConfigError(
+            "corpus.revision", corpus.revision, "corpus.name = hf needs a pinned revision (a commit hash)"
+        )
     for domain, weight in corpus.weights.items():
         if weight < 0:
             raise ConfigError(f"corpus.weights.{domain}", weight, "must be at least 0")
@@ -381,15 +385,21 @@ def _check_batch(config: Config) -> None:
     if micro is not None and rows % micro:
         raise ConfigError("batch.microbatch", micro, f"must divide batch.rows = {rows}")
     if micro is not None and config.proxy.rows > micro and config.proxy.rows % micro:
-        raise ConfigError("batch.microbatch", micro, f"must divide proxy.rows = {config.proxy.rows} or be at least that")
+        raise ConfigError(
+            "batch.microbatch", micro, f"must divide proxy.rows = {config.proxy.rows} or be at least that"
+        )
     chunk = config.selection.score_chunk
     if chunk is not None and candidates % chunk:
-        raise ConfigError("selection.score_chunk", chunk, f"must divide the {candidates} candidates (batch.rows / selection.ratio)")
+        raise ConfigError(
+            "selection.score_chunk", chunk, f"must divide the {candidates} candidates (batch.rows / selection.ratio)"
+        )
     window = config.selection.window
     if window is not None and window > config.corpus.row_tokens:
         raise ConfigError("selection.window", window, f"must be at most corpus.row_tokens = {config.corpus.row_tokens}")
     if config.selection.audit_every and config.selection.audit_rows > candidates:
-        raise ConfigError("selection.audit_rows", config.selection.audit_rows, f"must be at most the {candidates} candidates")
+        raise ConfigError(
+            "selection.audit_rows", config.selection.audit_rows, f"must be at most the {candidates} candidates"
+        )
 
 
 def _require(config: Config, key: str, holds: Any, allowed: str) -> None:

@@ -47,7 +47,9 @@ def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = PartitionSpec(*(_dividing(mesh, names, size) for names, size in zip(partition_spec(axes), x.shape, strict=True)))
+    spec = PartitionSpec(
+        *(_dividing(mesh, names, size) for names, size in zip(partition_spec(axes), x.shape, strict=True))
+    )
     return jax.lax.with_sharding_constraint(x, spec)
 
 

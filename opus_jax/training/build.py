@@ -101,7 +101,11 @@ def check_rows(config: Config, mesh: Mesh) -> None:
     """Every batch of rows must split evenly over the mesh."""
     shards = batch_shards(mesh)
     micro = config.batch.microbatch or config.batch.rows
-    rows = {"batch.rows": config.batch.rows, "batch.microbatch": micro, "evaluation.batch_rows": config.evaluation.batch_rows}
+    rows = {
+        "batch.rows": config.batch.rows,
+        "batch.microbatch": micro,
+        "evaluation.batch_rows": config.evaluation.batch_rows,
+    }
     if config.selection.method != "none":
         rows["batch.rows / selection.ratio"] = config.candidates
     if is_directed(config):

@@ -6,7 +6,6 @@ costs 3F per scored row of the window's length. The optimizer's own arithmetic i
 
 from dataclasses import dataclass
 
-
 import jax
 
 from opus_jax.config import Config
@@ -74,5 +73,3 @@ def _newton_schulz(m: int, n: int) -> int:
 def _frozen_factor(fan_in: int, fan_out: int) -> int:
     """S = aI + bA + cA^2 with A = q q^T (out x out), and one product with S."""
     return 2 * fan_out**2 * fan_in + 2 * fan_out**3 + 2 * fan_out**2 * fan_in
-
-

@@ -134,7 +134,9 @@ def _run(
         recorder.restart_clock()
         if stop.is_set() and step < config.run.steps:
             checkpoints.wait()
-            raise InterruptedRunError(f"stopped after step {step}, saved in {config.run.dir}; the same command goes on from there")
+            raise InterruptedRunError(
+                f"stopped after step {step}, saved in {config.run.dir}; the same command goes on from there"
+            )
     checkpoints.wait()
     clock.stamp()
 

@@ -62,7 +62,9 @@ class Recorder:
         self._finished += seconds
         self._count(done, metrics, seconds)
         if self.log is not None:
-            scored = self.config.selection.method in SCORING_METHODS and done.step > self.config.selection.warm_start_steps
+            scored = (
+                self.config.selection.method in SCORING_METHODS and done.step > self.config.selection.warm_start_steps
+            )
             self.log.write(done.step, _log_columns(done.host, metrics, scored))
         line = self._line(done, metrics, seconds)
         if done.step % self.config.run.log_every == 0 or done.step == self.config.run.steps:

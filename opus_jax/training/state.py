@@ -53,7 +53,9 @@ def init_state(
         state = jax.jit(build, out_shardings=state_shardings(spec, optimizer, mesh, directed=directed))()
     if params is None:
         return state
-    placed = jax.tree.map(lambda new, old: jax.device_put(jnp.asarray(new, old.dtype), old.sharding), params, state.params)
+    placed = jax.tree.map(
+        lambda new, old: jax.device_put(jnp.asarray(new, old.dtype), old.sharding), params, state.params
+    )
     return TrainState(state.step, placed, state.opt_state, state.reference_gradient, state.proxy_gradient, state.key)
 
 

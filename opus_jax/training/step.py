@@ -123,15 +123,19 @@ def _select(
         scores, config.batch.rows, temperature=config.selection.temperature, key=sample_key
     )
     selected = jnp.zeros((rows,), bool).at[indices].set(True)
-    return proxy_gradient, indices, {
-        "utility": scores,
-        "z": diagnostics["z"],
-        "probability": diagnostics["probability"],
-        "selected": selected,
-        "indices": indices,
-        "selected_at_random": diagnostics["degenerate"],
-        "nonfinite_direction": nonfinite,
-    }
+    return (
+        proxy_gradient,
+        indices,
+        {
+            "utility": scores,
+            "z": diagnostics["z"],
+            "probability": diagnostics["probability"],
+            "selected": selected,
+            "indices": indices,
+            "selected_at_random": diagnostics["degenerate"],
+            "nonfinite_direction": nonfinite,
+        },
+    )
 
 
 def _utilities(
@@ -184,7 +188,9 @@ def take(rows: Batch, indices: Int[Array, " K"]) -> Batch:
 
 
 def _losses(spec: ModelSpec, config: Config, params: Any, candidates: Batch) -> Float[Array, " N"]:
-    return by_chunks(partial(row_losses, spec, params), window(candidates, config.selection.window), config.selection.score_chunk)
+    return by_chunks(
+        partial(row_losses, spec, params), window(candidates, config.selection.window), config.selection.score_chunk
+    )
 
 
 def _random_gradient(spec: ModelSpec, config: Config, params: Any, candidates: Batch, key: Any) -> Any:
