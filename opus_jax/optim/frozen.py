@@ -1,6 +1,7 @@
 """The paper's frozen preconditioners P, read from the optimizer state; kept for comparison with the exact derivative.
 
-Both contain the learning rate once, leave out clipping, and are symmetric, so P^T g = P g.
+Both contain the learning rate once, leave out clipping, and are symmetric, so P^T g = P g. Second moments have the same
+floor as in the exact derivative, so that a comparison is not decided by never-seen rows.
 """
 
 from collections.abc import Callable
@@ -12,8 +13,9 @@ import optax
 from jaxtyping import Array, Float, PyTree
 from optax import contrib
 
+from opus_jax.optim.guarded import second_moment_floor
 from opus_jax.optim.moments import find_states, muon_momentum, second_moments
-from opus_jax.optim.optimizers import EPS_ROOT, Optimizer, muon_scale
+from opus_jax.optim.optimizers import Optimizer, muon_scale
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of one step a X + b (X X^T) X + c (X X^T)^2 X
 NO_MOMENTUM = 1e-7  # Frobenius norm of a momentum matrix below which S is the identity
@@ -36,7 +38,8 @@ def frozen_product(
     """
     nu = second_moments(opt_state, params, optimizer.config.beta2)
     momentum = muon_momentum(opt_state, params)
-    by_diagonal, by_matrix = _diagonal(optimizer, opt_state), _matrix(optimizer, opt_state)
+    by_diagonal = _diagonal(optimizer, opt_state, second_moment_floor(nu))
+    by_matrix = _matrix(optimizer, opt_state)
 
     def product(g: Array, nu: Array | None, q: Array | None) -> Array:
         if nu is not None:
@@ -47,11 +50,11 @@ def frozen_product(
     return jax.tree.map(product, gradient, nu, momentum)
 
 
-def _diagonal(optimizer: Optimizer, opt_state: Any) -> Callable[[Array, Array], Array]:
+def _diagonal(optimizer: Optimizer, opt_state: Any, floor: Float[Array, ""]) -> Callable[[Array, Array], Array]:
     config, count = optimizer.config, find_states(opt_state, optax.ScaleByAdamState)[0].count
     weight = (1 - config.beta1) / (1 - jnp.asarray(config.beta1, jnp.float32) ** (count + 1))
     factor = optimizer.rates["adam"](count) * weight
-    return lambda g, nu: (factor * g / (jnp.sqrt(nu + EPS_ROOT) + config.eps)).astype(g.dtype)
+    return lambda g, nu: (factor * g / (jnp.sqrt(nu + floor) + config.eps)).astype(g.dtype)
 
 
 def _matrix(optimizer: Optimizer, opt_state: Any) -> Callable[[Array, Array], Array]:

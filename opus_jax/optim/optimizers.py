@@ -16,11 +16,10 @@ from optax import contrib
 
 from opus_jax.config import OptimizerConfig
 from opus_jax.errors import ConfigError, UserError
-from opus_jax.optim.guarded import clip_by_global_norm_guarded, scale_by_muon_guarded
+from opus_jax.optim.guarded import clip_by_global_norm_guarded, scale_by_adam_guarded, scale_by_muon_guarded
 from opus_jax.optim.labels import decay_mask, group_labels
 from opus_jax.optim.schedules import peak_share
 
-EPS_ROOT = 1e-12  # inside the twin's square root: a never-seen row weighs 1e6 times its gradient, not 1e8 or NaN
 MUON_RMS = 0.2  # Muon's update has this root mean square times the rate, as AdamW's does (arXiv 2502.16982)
 
 
@@ -30,8 +29,8 @@ class Optimizer:
 
     Attributes:
       transform: the optax transformation that trains.
-      twin: same state structure, nearly the same update, differentiable everywhere: eps_root > 0 (Adam's square root
-        at a never-seen row), clipping and Newton-Schulz guarded at zero, and unit rate where the rate is 0.
+      twin: same state structure, nearly the same update, differentiable everywhere: a floor under Adam's second moment
+        (never-seen rows), clipping and Newton-Schulz guarded at zero, and unit rate where the rate is 0.
       schedule: learning rate after a number of updates.
       rates: the twin's rate of each group, 'muon' and 'adam'.
       config: the settings it was made from.
@@ -111,15 +110,11 @@ def opt_state_logical_axes(optimizer: AnyOptimizer, params_like: PyTree[Any], lo
 
 
 def _adamw(config: OptimizerConfig, rates: Mapping[str, optax.Schedule], *, twin: bool) -> optax.GradientTransformation:
-    return optax.adamw(
-        rates["adam"],
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-        eps_root=EPS_ROOT if twin else 0.0,
-        weight_decay=config.weight_decay,
-        mu_dtype=jnp.float32,
-        mask=None if config.decay_all else decay_mask,
+    scale = scale_by_adam_guarded if twin else optax.scale_by_adam
+    return optax.chain(
+        scale(b1=config.beta1, b2=config.beta2, eps=config.eps, mu_dtype=jnp.float32),
+        optax.add_decayed_weights(config.weight_decay, None if config.decay_all else decay_mask),
+        optax.scale_by_learning_rate(rates["adam"]),
     )
 
 

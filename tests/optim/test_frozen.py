@@ -47,7 +47,7 @@ def test_adamw_is_the_vjp_with_the_diagonal_stopped(params, random_like):
     update = diagonal_stopped(optimizer, state, second_moments(state, params, 0.95))
     (pulled,) = jax.jit(lambda g: jax.vjp(update, g)[1](proxy))(reference)
     product = compiled(optimizer, state, params, proxy)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -b, rtol=1e-4), product, pulled)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -b, rtol=1e-3), product, pulled)
 
 
 def test_learning_rate_enters_once(params, random_like):

@@ -2,9 +2,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from optax import contrib
 
-from opus_jax.optim.guarded import clip_by_global_norm_guarded, scale_by_muon_guarded
+from opus_jax.optim.guarded import (
+    FLOOR,
+    clip_by_global_norm_guarded,
+    scale_by_adam_guarded,
+    scale_by_muon_guarded,
+    second_moment_floor,
+)
 from opus_jax.optim.optimizers import layer_matrices
 
 KERNEL = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 6)), jnp.float32)
@@ -27,6 +34,36 @@ def test_clip_has_a_derivative_at_zero_where_optax_has_none():
     ours, real = clip_by_global_norm_guarded(1.0), optax.clip_by_global_norm(1.0)
     assert np.all(np.isnan(pull(real, real.init(zero), zero, jnp.ones(3))))
     np.testing.assert_allclose(pull(ours, ours.init(zero), zero, jnp.ones(3)), jnp.ones(3))
+
+
+def test_adam_is_optax_adam_but_for_its_floor():
+    settings = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "mu_dtype": jnp.float32}
+    ours, real = scale_by_adam_guarded(**settings), optax.scale_by_adam(**settings)
+    tree = {"a": KERNEL, "b": 3 * KERNEL[0]}
+    _, state = real.update(tree, real.init(tree))
+    second = jax.tree.map(jnp.sin, tree)
+    for a, b in zip(*(jax.tree.leaves(t.update(second, state)) for t in (ours, real)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_a_never_seen_row_counts_but_does_not_rule(scale):
+    """Its real step saturates at the learning rate, so the weight of its gradient must stay within reach of others."""
+    gradient = scale * jnp.ones((50, 4)).at[3].set(0)
+    settings = {"b1": 0.9, "b2": 0.95, "eps": 1e-12, "mu_dtype": jnp.float32}
+    real, ours = optax.scale_by_adam(**settings), scale_by_adam_guarded(**settings)
+    state = real.update(gradient, real.init(gradient))[1]
+    other = scale * jnp.cos(jnp.arange(200.0)).reshape(50, 4).at[3].set(0)
+    assert np.all(np.isnan(pull(real, state, other, jnp.ones((50, 4)))[3]))
+    v = np.abs(pull(ours, state, other, jnp.ones((50, 4))))
+    assert 10 * np.median(v) < v[3].min() < 1e4 * np.median(v)
+
+
+def test_the_floor_is_a_constant_share_of_the_mean():
+    nu = {"a": jnp.ones(3), "b": jnp.zeros(1)}
+    assert float(second_moment_floor(nu)) == pytest.approx(0.75 * FLOOR)
+    assert float(jax.grad(lambda x: second_moment_floor({"a": x}))(jnp.ones(3))[0]) == 0
+    assert 0 < float(second_moment_floor({"a": optax.MaskedNode()})) < 1e-20
 
 
 def test_muon_is_optax_muon_and_its_derivative_away_from_zero():

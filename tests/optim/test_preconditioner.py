@@ -73,7 +73,8 @@ def test_direction_is_minus_the_transposed_derivative_of_the_update(name):
 
         (v, nonfinite), change = both(tree(4))
         assert int(nonfinite) == 0
-        assert dot(v, probe) == pytest.approx(-dot(proxy, change), rel=1e-5)
+        # Our twin has a floor under the second moments, which the update that trains has not.
+        assert dot(v, probe) == pytest.approx(-dot(proxy, change), rel=1e-3 if name.startswith("our") else 1e-6)
 
 
 @pytest.mark.parametrize(("as_pair", "mini_steps_done"), [(False, 0), (True, 1)])
