@@ -90,7 +90,7 @@ def _agreements(config: Config, every: int, count: int) -> Any:
     candidates = _stream(parts, "train", parts.candidate_plan(), config.candidates)
     proxies = _stream(parts, "proxy", parts.proxy_plan(), config.proxy.rows)
     probes = _stream(parts, "train", parts.candidate_plan(), CANDIDATES + config.batch.rows, seed=1)
-    measure_effects = jax.jit(partial(_displacements, parts))
+    displacements, utilities = jax.jit(partial(_displacements, parts)), jax.jit(partial(_utilities, parts))
     for step in range(1, every * count + 1):
         proxy = proxies()
         state, _ = parts.step(state, candidates(), proxy)
@@ -98,11 +98,10 @@ def _agreements(config: Config, every: int, count: int) -> Any:
             rows = probes()
             batch = {name: x[: config.batch.rows] for name, x in rows.items()}
             pool = {name: x[config.batch.rows :] for name, x in rows.items()}
-            effects = _effects(parts, state.params, measure_effects(state, batch, pool), proxy)
-            utilities = {mode: _utilities(parts, state, pool, proxy, mode) for mode in MODES}
-            for mode, scores in utilities.items():
+            effects = _effects(parts, state.params, displacements(state, batch, pool), proxy)
+            for mode, scores in utilities(state, pool, proxy).items():
                 for key, effect in effects.items():
-                    yield f"{key}.{config.optimizer.name}.{mode}", float(spearmanr(scores, effect).statistic)
+                    yield f"{key}.{config.optimizer.name}.{mode}", float(spearmanr(np.asarray(scores), effect).statistic)
 
 
 def _stream(parts: Parts, split: str, plan: Any, rows: int, seed: int = 0) -> Any:
@@ -110,15 +109,15 @@ def _stream(parts: Parts, split: str, plan: Any, rows: int, seed: int = 0) -> An
     return lambda: put_rows(next(stream), parts.mesh)
 
 
-def _utilities(parts: Parts, state: TrainState, pool: Any, proxy: Any, mode: str) -> np.ndarray:
-    @jax.jit
-    def score(state: TrainState, pool: Any, proxy: Any) -> Any:
-        gradient, _, _ = mean_gradient(parts.spec, state.params, proxy, None)
-        name = MODES[mode].format(optimizer=parts.config.optimizer.name)
+def _utilities(parts: Parts, state: TrainState, pool: Any, proxy: Any) -> dict[str, Any]:
+    """Utilities of the candidates under each direction, by the engine that training uses."""
+    gradient, _, _ = mean_gradient(parts.spec, state.params, proxy, None)
+    utilities = {}
+    for mode, name in MODES.items():
+        name = name.format(optimizer=parts.config.optimizer.name)
         v = direction(parts.optimizer, state.opt_state, state.params, state.reference_gradient, gradient, mode=name)
-        return directional.utilities(partial(row_losses, parts.spec), state.params, v, pool)
-
-    return np.asarray(score(state, pool, proxy))
+        utilities[mode] = directional.utilities(partial(row_losses, parts.spec), state.params, v, pool)
+    return utilities
 
 
 def _displacements(parts: Parts, state: TrainState, batch: Any, pool: Any) -> Any:

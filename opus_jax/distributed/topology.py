@@ -101,6 +101,7 @@ def compiler_environment(topology: Topology) -> dict[str, str]:
     """Variables under which libtpu compiles without a TPU: no metadata server, no lock, no log files."""
     return {
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",  # libtpu ends the process at a flag that only other backends know
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": topology.accelerator_type,
