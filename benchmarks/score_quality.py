@@ -7,6 +7,7 @@ checkpoints along a run. `spearman.<optimizer>.<direction>` averages the setting
 which are also given one by one.
 """
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -38,12 +39,13 @@ def main() -> None:
 
 
 def measure(quick: bool) -> tuple[dict[str, Any], Figures]:
-    every, count = (20, 2) if quick else (STEPS_BETWEEN, CHECKPOINTS)
+    every, count = (40, 1) if quick else (STEPS_BETWEEN, CHECKPOINTS)
     figures: Figures = {}
     for optimizer in ("adamw", "muon"):
         for norm in ("simplenorm", "prenorm"):
             for clip in (1.0, None):
                 config = _config(optimizer, norm, clip, steps=every * count)
+                print(f"{optimizer} {norm} clip={clip}: {every * count} steps", file=sys.stderr, flush=True)
                 for key, value in _agreements(config, every, count):
                     figures.setdefault(key, []).append(value)
                     figures.setdefault(f"{key}.{norm}.{'clip' if clip else 'noclip'}", []).append(value)
@@ -70,9 +72,10 @@ def _config(optimizer: str, norm: str, clip: float | None, steps: int) -> Config
                 "name": "debian",
                 "domains": ["fiction", "python-docs", "databases", "biology"],
                 "max_bytes": 4_000_000,
-                "row_tokens": 128,
+                "row_tokens": 64,
             },
-            "model": {"preset": "quickstart", "norm": norm},
+            "tokenizer": {"vocab_size": 1024},
+            "model": {"preset": "tiny", "norm": norm},
             "optimizer": {"name": optimizer, "clip": clip, "schedule": "constant", "learning_rate": 0.003},
             "batch": {"rows": 16},
             # Infinite temperature: the run trains on random rows, and its state holds what a direction needs.
