@@ -1,10 +1,10 @@
 """Rank agreement of utilities with the true effect of a candidate, for every way of making the direction.
 
 The true effect of a candidate is the change of the proxy loss when it takes the place of one of the K rows of a random
-batch, under the real optimizer's update, the displacement scaled by 0.1 (where a first-order score can be right) and by
-1.0 (where overshoot shows). Losses are float64. Spearman's rank correlation over the candidates; repetitions are
-checkpoints along a run. `spearman.<optimizer>.<direction>` averages the settings {simplenorm, prenorm} x {clip, noclip},
-which are also given one by one.
+batch, under the real optimizer's update, the displacement scaled by 0.1 (where a first-order score can be right) and
+by 1.0 (where overshoot shows). Losses are float64. Spearman's rank correlation over the candidates; repetitions are
+checkpoints along a run. `spearman.<optimizer>.<direction>` averages the settings {simplenorm, prenorm} x {clip,
+noclip}, which are also given one by one.
 """
 
 import sys
@@ -104,7 +104,10 @@ def _agreements(config: Config, every: int, count: int) -> Any:
             effects = _effects(parts, state.params, displacements(state, batch, pool), proxy)
             for mode, scores in utilities(state, pool, proxy).items():
                 for key, effect in effects.items():
-                    yield f"{key}.{config.optimizer.name}.{mode}", float(spearmanr(np.asarray(scores), effect).statistic)
+                    yield (
+                        f"{key}.{config.optimizer.name}.{mode}",
+                        float(spearmanr(np.asarray(scores), effect).statistic),
+                    )
 
 
 def _stream(parts: Parts, split: str, plan: Any, rows: int, seed: int = 0) -> Any:

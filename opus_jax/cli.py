@@ -8,12 +8,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opus_jax.errors import UserError
+from opus_jax.errors import InterruptedRunError, NonFiniteLossError, UserError
 
 DONE, FAILED, USER_MISTAKE, INTERRUPTED = 0, 1, 2, 130
+EXIT_CODES = {UserError: USER_MISTAKE, NonFiniteLossError: FAILED, InterruptedRunError: INTERRUPTED}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,19 +24,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     args = _parse(arguments)
     choose_platform()
-    from opus_jax.training.interrupt import InterruptedRunError
-
     try:
         args.run(args)
         return DONE
-    except UserError as error:
+    except tuple(EXIT_CODES) as error:
         if args.debug:
             raise
         print(f"opus-jax {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_MISTAKE
-    except InterruptedRunError as stopped:
-        print(f"opus-jax {args.command}: {stopped}", file=sys.stderr)
-        return INTERRUPTED
+        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     except KeyboardInterrupt:
         print(f"opus-jax {args.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -68,7 +65,8 @@ def _generate(args: argparse.Namespace) -> None:
     from opus_jax.training.inference import generate_text
 
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    for piece in generate_text(Path(args.config), args.prompt, args.tokens, sampling, args.seed):
+    overrides = tuple(args.overrides)
+    for piece in generate_text(Path(args.config), args.prompt, args.tokens, sampling, args.seed, overrides):
         print(piece, end="", flush=True)
     print()
 
@@ -107,6 +105,74 @@ def _config(args: argparse.Namespace) -> Any:
 # ---------------------------------------------------------------------------------------------- parsing
 
 
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: what it does, its first argument if it has one, and an example of the rest of its line."""
+
+    action: Callable[[argparse.Namespace], None]
+    text: str
+    subject: str | None = None
+    example: str = ""
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+SUBJECTS = {"CONFIG": "a YAML file, or a run folder", "RUN": "a run folder"}
+
+COMMANDS = {
+    "prepare": Command(
+        _prepare, "tokenize and pack the corpus", "CONFIG", "configs/quickstart.yaml corpus.row_tokens=256"
+    ),
+    "train": Command(
+        _train,
+        "train; prepares what is missing, resumes by itself",
+        "CONFIG",
+        "configs/quickstart.yaml selection.temperature=0.25",
+    ),
+    "evaluate": Command(
+        _evaluate, "bits per byte of a run's newest checkpoint", "RUN", "runs/quickstart evaluation.rows=500"
+    ),
+    "generate": Command(
+        _generate,
+        "write text with a run's newest checkpoint",
+        "RUN",
+        'runs/quickstart --prompt "def "',
+        {
+            "--prompt": {"default": "", "help": "text to go on from"},
+            "--tokens": {"type": int, "default": 100, "help": "tokens to write at most (default 100)"},
+            "--temperature": {"type": float, "default": 0.8, "help": "0 = always the likeliest token (default 0.8)"},
+            "--top-k": {"type": int, "help": "sample among the k likeliest tokens only"},
+            "--top-p": {"type": float, "help": "sample among the likeliest tokens of this total probability"},
+            "--seed": {"type": int, "default": 0, "help": "another seed, another text (default 0)"},
+        },
+    ),
+    "report": Command(
+        _report,
+        "write report.html of a run",
+        "RUN",
+        "runs/quickstart --compare runs/quickstart-random",
+        {
+            "--compare": {
+                "action": "append",
+                "default": [],
+                "metavar": "RUN",
+                "help": "a run to show beside it; may be repeated (default: RUN-random if there)",
+            }
+        },
+    ),
+    "compile": Command(
+        _compile,
+        "compile the training step for a TPU that is not there",
+        "CONFIG",
+        "configs/quickstart.yaml --topology v5p:2x2x4",
+        {
+            "--topology": {"required": True, "help": "for example v5p:2x2x4, v5e:4x4, v6e:2x4"},
+            "--json": {"type": Path, "metavar": "FILE", "help": "also write the figures there"},
+        },
+    ),
+    "doctor": Command(_doctor, "check this machine and installation"),
+}
+
+
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     """Overrides may stand before, between and after options."""
     parser = _parser()
@@ -120,96 +186,26 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="opus-jax", description="Train language models on the data that moves them most.",
-        epilog="example: opus-jax train configs/quickstart.yaml selection.temperature=0.25",
-    )  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add(
-        commands,
-        "prepare",
-        _prepare,
-        "tokenize and pack the corpus of a config",
-        "configs/quickstart.yaml corpus.row_tokens=256",
+        prog="opus-jax",
+        description="Train language models on the data that moves them most.",
+        epilog=f"example: opus-jax train {COMMANDS['train'].example}",
     )
-    _add(
-        commands,
-        "train",
-        _train,
-        "train; prepares what is missing, resumes by itself",
-        "configs/quickstart.yaml selection.temperature=0.25",
-    )
-    _add(
-        commands,
-        "evaluate",
-        _evaluate,
-        "bits per byte of a run's newest checkpoint",
-        "runs/quickstart evaluation.rows=500",
-        run=True,
-    )
-    generate = _add(
-        commands,
-        "generate",
-        _generate,
-        "write text with a run's newest checkpoint",
-        'runs/quickstart --prompt "def "',
-        run=True,
-    )
-    generate.add_argument("--prompt", default="", help="text to go on from")
-    generate.add_argument("--tokens", type=int, default=100, help="tokens to write at most (default 100)")
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token (default 0.8)")
-    generate.add_argument("--top-k", type=int, default=None, help="sample among the k likeliest tokens only")
-    generate.add_argument(
-        "--top-p", type=float, default=None, help="sample among the likeliest tokens of this total probability"
-    )
-    generate.add_argument("--seed", type=int, default=0)
-    report = _add(
-        commands,
-        "report",
-        _report,
-        "write report.html of a run",
-        "runs/quickstart --compare runs/quickstart-random",
-        run=True,
-    )
-    report.add_argument(
-        "--compare",
-        action="append",
-        default=[],
-        metavar="RUN",
-        help="a run to show beside it; may be repeated (default: RUN-random if there)",
-    )
-    compile_ = _add(
-        commands,
-        "compile",
-        _compile,
-        "compile the training step for a TPU that is not there",
-        "configs/quickstart.yaml --topology v5p:2x2x4",
-    )
-    compile_.add_argument("--topology", required=True, help="for example v5p:2x2x4, v5e:4x4, v6e:2x4")
-    compile_.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the figures there")
-    doctor = commands.add_parser("doctor", help="check this machine and installation")
-    doctor.set_defaults(run=_doctor)
-    doctor.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    places = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        _add(places, name, command)
     return parser
 
 
-def _add(
-    commands: Any,
-    name: str,
-    action: Callable[[argparse.Namespace], None],
-    text: str,
-    example: str,
-    *,
-    run: bool = False,
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text, epilog=f"example: opus-jax {name} {example}")
-    if run:
-        parser.add_argument("config", metavar="RUN", help="a run folder")
-    else:
-        parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a run folder")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
+def _add(places: Any, name: str, command: Command) -> None:
+    example = f"example: opus-jax {name} {command.example}".rstrip()
+    parser = places.add_parser(name, help=command.text, description=command.text, epilog=example)
+    if command.subject is not None:
+        parser.add_argument("config", metavar=command.subject, help=SUBJECTS[command.subject])
+        parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
+    for flag, settings in command.options.items():
+        parser.add_argument(flag, **settings)
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake")
-    parser.set_defaults(run=action)
-    return parser
+    parser.set_defaults(run=command.action)
 
 
 if __name__ == "__main__":

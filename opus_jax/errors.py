@@ -1,4 +1,4 @@
-"""The errors that a user can cause, and how a command ends when one happens."""
+"""What ends a command early: the mistakes of a user, and the two ways in which a run stops by itself."""
 
 
 class UserError(Exception):
@@ -21,3 +21,11 @@ class MissingExtraError(UserError):
 
     def __init__(self, feature: str, package: str, extra: str):
         super().__init__(f'{feature} needs the package {package!r}: pip install "opus-jax[{extra}]"')
+
+
+class InterruptedRunError(Exception):
+    """The run was asked to stop, and stopped after a clean save."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """The training loss became infinite or not a number; the checkpoints before that are intact."""

@@ -24,13 +24,15 @@ def evaluate_run(run_dir: Path, overrides: tuple[str, ...] = ()) -> dict[str, An
     return {"run": str(run_dir), "step": step, "bits_per_byte": bits, "target_bits_per_byte": target}
 
 
-def generate_text(run_dir: Path, prompt: str, tokens: int, sampling: decoding.Sampling, seed: int) -> Iterator[str]:
+def generate_text(
+    run_dir: Path, prompt: str, tokens: int, sampling: decoding.Sampling, seed: int, overrides: tuple[str, ...] = ()
+) -> Iterator[str]:
     """Text that goes on from a prompt, piece by piece; the prompt comes first.
 
     Raises:
       UserError: the folder holds no configuration or no readable checkpoint, or prompt and new tokens are too long.
     """
-    parts, params, _ = _load(run_dir, ())
+    parts, params, _ = _load(run_dir, overrides)
     tokenizer = parts.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     yield prompt

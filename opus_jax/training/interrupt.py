@@ -7,10 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class InterruptedRunError(Exception):
-    """The run was asked to stop, and stopped after a clean save."""
-
-
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
     """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C stops at once, without saving.

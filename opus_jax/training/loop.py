@@ -18,13 +18,13 @@ from opus_jax.config import Config
 from opus_jax.data.candidates import CandidateStream
 from opus_jax.data.plan import Plan
 from opus_jax.data.records import RowReader
-from opus_jax.errors import UserError
+from opus_jax.errors import InterruptedRunError, UserError
 from opus_jax.models.transformer import parameter_count
 from opus_jax.training.build import Parts, build
 from opus_jax.training.checkpoint import Checkpoints, load_params
 from opus_jax.training.costs import step_costs
 from opus_jax.training.feed import Fed, Feed
-from opus_jax.training.interrupt import InterruptedRunError, stop_signals
+from opus_jax.training.interrupt import stop_signals
 from opus_jax.training.metrics import MetricsWriter
 from opus_jax.training.progress import Progress
 from opus_jax.training.recorder import Done, Recorder

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from opus_jax.config import Config
+from opus_jax.errors import NonFiniteLossError
 from opus_jax.training import digest
 from opus_jax.training.audit import WARN_BELOW
 from opus_jax.training.costs import StepCosts
@@ -29,10 +30,6 @@ class Done:
     audit: jax.Array | None
     waited: float
     timed: bool  # False for a step that compiled something
-
-
-class NonFiniteLossError(RuntimeError):
-    """The training loss is not a number or infinite."""
 
 
 class Recorder:
@@ -72,7 +69,10 @@ class Recorder:
         self.progress.update(done.step, line)
         if not np.isfinite(metrics["loss"]):
             ids = np.asarray(done.host["example_id"])[metrics["indices"]].tolist()
-            raise NonFiniteLossError(f"the loss is {metrics['loss']} at step {done.step}, on rows {ids}")
+            raise NonFiniteLossError(
+                f"the loss is {metrics['loss']} at step {done.step}, on rows {ids}: lower optimizer.learning_rate "
+                "in another run.dir; the checkpoints before this step are intact"
+            )
 
     def evaluated(self, step: int, bits: dict[str, float], target: float) -> None:
         """Log an evaluation: bits per byte by domain, and over the target domains."""

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+
 from benchmarks import framework_overhead, score_quality
 from benchmarks.harness import alternate, summarise
-
 from opus_jax.config import from_mapping
 from opus_jax.training import build, lower_step, step
 
@@ -28,7 +28,12 @@ def test_the_bare_step_computes_the_same_loss() -> None:
 def test_score_quality_finds_that_utilities_rank_candidates(tmp_path: Path, small_run: dict) -> None:
     config = from_mapping(
         small_run,
-        ["selection.method=opus", "selection.temperature=.inf", "selection.audit_every=0", "optimizer.learning_rate=0.003"],
+        [
+            "selection.method=opus",
+            "selection.temperature=.inf",
+            "selection.audit_every=0",
+            "optimizer.learning_rate=0.003",
+        ],
     )
     found = dict(score_quality._agreements(config, every=6, count=1))
     assert set(found) == {f"{key}.adamw.{mode}" for key in score_quality.SCALES for mode in score_quality.MODES}

@@ -16,9 +16,8 @@ import pytest
 from runs import lines, mapping, small_config, write_text
 
 from opus_jax.config import Config, from_mapping
-from opus_jax.errors import UserError
+from opus_jax.errors import NonFiniteLossError, UserError
 from opus_jax.training.loop import train
-from opus_jax.training.recorder import NonFiniteLossError
 
 DIGESTS = ("loss_digest", "batch_digest", "update_tokens", "seen_tokens", "flops", "bits_per_byte", "selected_share")
 
