@@ -33,10 +33,12 @@ class Embedding(nnx.Module):
     """A table of vectors looked up by id."""
 
     def __init__(self, table: Float[Array, "V D"], logical: LogicalAxes):
-        self.embedding = nnx.Param(table, logical=logical)
+        self.embedding, self.rows = nnx.Param(table, logical=logical), logical[0]
 
     def __call__(self, ids: Int[Array, "N T"], dtype: str) -> Float[Array, "N T D"]:
-        return jnp.take(self.embedding[...], ids, axis=0).astype(dtype)
+        # Vectors split over the axis that also splits the ids would be looked up on every device and then cut.
+        table = constrain(self.embedding[...].astype(dtype), (self.rows, None))
+        return jnp.take(table, ids, axis=0)
 
 
 class Transformer(nnx.Module):
