@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from opus_jax.errors import InterruptedRunError, NonFiniteLossError, UserError
 
@@ -180,12 +180,19 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if any(item.startswith("-") or "=" not in item for item in rest) or (rest and not hasattr(args, "overrides")):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     if rest:
-        args.overrides += rest
+        args.overrides = [*args.overrides, *rest]
     return args
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments on one line, like any other mistake of the user."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_MISTAKE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="opus-jax",
         description="Train language models on the data that moves them most.",
         epilog=f"example: opus-jax train {COMMANDS['train'].example}",
@@ -201,7 +208,7 @@ def _add(places: Any, name: str, command: Command) -> None:
     parser = places.add_parser(name, help=command.text, description=command.text, epilog=example)
     if command.subject is not None:
         parser.add_argument("config", metavar=command.subject, help=SUBJECTS[command.subject])
-        parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
+        parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="changes to the configuration")
     for flag, settings in command.options.items():
         parser.add_argument(flag, **settings)
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake")

@@ -35,6 +35,7 @@ def prepare(config: Config, progress: bool = True) -> Path:
       UserError: the corpus is too small for its splits, a source is unreadable, or the cached folder is damaged.
     """
     corpus = load_corpus(config.corpus)
+    _require_domains(config, corpus)
     proxy = _proxy_files(config)
     mark = _fingerprint(config, corpus, proxy)
     folder = cache_folder(config.corpus) / "records" / f"{corpus.name}-{mark}"
@@ -46,6 +47,14 @@ def prepare(config: Config, progress: bool = True) -> Path:
     manifest.check_files(folder)
     _require_rows(manifest, config)
     return folder
+
+
+def _require_domains(config: Config, corpus: Corpus) -> None:
+    """Raise ConfigError for a domain that the corpus lacks, before any time is spent on the others."""
+    known = [domain.name for domain in corpus.domains]
+    for name in config.corpus.weights:
+        require_known(f"corpus.weights.{name}", [name], known)
+    require_known("proxy.domains", config.proxy.domains, known)
 
 
 def _proxy_files(config: Config) -> list[Document]:
@@ -108,7 +117,6 @@ def _require_rows(manifest: Manifest, config: Config) -> None:
     if config.selection.method != "opus":
         return
     wanted = config.proxy.domains if config.proxy.source == "heldout" else []
-    require_known("proxy.domains", wanted, manifest.domains)
     empty = [domain for domain in wanted if not manifest.rows["proxy"][domain]]
     if empty or not manifest.total_rows("proxy"):
         where = f"domain {empty[0]!r}" if empty else "any domain"

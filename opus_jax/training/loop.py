@@ -111,17 +111,21 @@ def _run(
     for step in range(first + 1, config.run.steps + 1):
         fed = candidates.take()
         proxy = proxies.at(step - 1) if proxies else None
-        audit = parts.audit(state, fed.device, proxy.device) if proxy and _audited(config, step) else None
+        audited = proxy is not None and _audited(config, step)
+        if pending is not None and audited:  # an audit's time is not the earlier step's
+            recorder.record(pending)
+            pending = None
+        audit = parts.audit(state, fed.device, proxy.device) if audited and proxy else None
         state, metrics = parts.step(state, fed.device, proxy.device if proxy else None)
         if pending is not None:
             recorder.record(pending)
         checkpoints.check()
-        pending = Done(step, fed.host, metrics, audit, candidates.waited, timed=step > first + 1 and audit is None)
+        pending = Done(step, fed.host, metrics, audit, candidates.waited, timed=step > first + 1 and not audited)
         if step < config.run.steps:
             candidates.ahead()
-        last = step == config.run.steps or stop.is_set()
-        evaluate = step % config.run.eval_every == 0 or step == config.run.steps
-        save = step % config.run.save_every == 0 or last
+        last, stopping = step == config.run.steps, stop.is_set()  # asked once: what is said must be what was done
+        evaluate = step % config.run.eval_every == 0 or last
+        save = step % config.run.save_every == 0 or last or stopping
         if not (evaluate or save):
             continue
         recorder.record(pending)
@@ -130,9 +134,9 @@ def _run(
             recorder.evaluated(step, *parts.evaluate_target(state.params))
         if save:
             clock.stamp()
-            _save(parts, checkpoints, recorder, state, plan, recorder.totals.target_bits_per_byte if evaluate else None)
+            _save(parts, checkpoints, recorder, state, plan, evaluated=evaluate)
         recorder.restart_clock()
-        if stop.is_set() and step < config.run.steps:
+        if stopping and not last:
             checkpoints.wait()
             raise InterruptedRunError(
                 f"stopped after step {step}, saved in {config.run.dir}; the same command goes on from there"
@@ -187,7 +191,7 @@ def _stream(parts: Parts, split: str, plan: Plan, rows: int, start: int) -> Cand
 
 
 def _save(
-    parts: Parts, checkpoints: Checkpoints, recorder: Recorder, state: TrainState, plan: Plan, target: float | None
+    parts: Parts, checkpoints: Checkpoints, recorder: Recorder, state: TrainState, plan: Plan, *, evaluated: bool
 ) -> None:
     recorder.flush()
     meta = {
@@ -195,6 +199,7 @@ def _save(
         "records": parts.manifest.fingerprint,
         "tokenizer": parts.manifest.tokenizer_hash,
     }
+    target = recorder.totals.target_bits_per_byte if evaluated else None  # an older figure is not this step's
     checkpoints.save(int(state.step), state, plan.to_arrays(), meta, target)
 
 
