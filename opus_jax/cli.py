@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 the user's mistake, one line on standard error; 130 interr
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         return DONE
     except tuple(EXIT_CODES) as error:
         if args.debug:
-            raise
+            traceback.print_exc()
         print(f"opus-jax {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     except KeyboardInterrupt:
@@ -208,7 +209,9 @@ def _add(places: Any, name: str, command: Command) -> None:
     parser = places.add_parser(name, help=command.text, description=command.text, epilog=example)
     if command.subject is not None:
         parser.add_argument("config", metavar=command.subject, help=SUBJECTS[command.subject])
-        parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="changes to the configuration")
+        parser.add_argument(
+            "overrides", nargs="*", default=[], metavar="key.sub=value", help="changes to the configuration"
+        )
     for flag, settings in command.options.items():
         parser.add_argument(flag, **settings)
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake")
