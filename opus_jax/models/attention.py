@@ -56,13 +56,13 @@ class Attention(nnx.Module):
         self.key_norm = _qk_norm(spec, kv_inner, "kv_heads") if spec.norm == "prenorm_qk" else None
 
     def __call__(
-        self, x: Float[Array, "N T D"], mask: Bool[Array, "N T T"], angles: Float[Array, "N T half"] | None
+        self, x: Float[Array, "N T D"], mask: Bool[Array, "N T T"], turns: Float[Array, "N T 2 half"] | None
     ) -> Float[Array, "N T D"]:
         queries = self._split(_normed(self.query(x), self.query_norm), self.heads, "heads")
         keys = self._split(_normed(self.key(x), self.key_norm), self.kv_heads, "kv_heads")
         values = self._split(self.value(x), self.kv_heads, "kv_heads")
-        if angles is not None:
-            queries, keys = rotate(queries, angles), rotate(keys, angles)
+        if turns is not None:
+            queries, keys = rotate(queries, turns), rotate(keys, turns)
         mixed = attend(queries, keys, values, mask)
         return self.output(mixed.reshape(*x.shape[:2], self.heads * self.head_dim))
 
@@ -80,5 +80,6 @@ def _normed(x: Float[Array, "N T E"], norm: Norm | None) -> Float[Array, "N T E"
     """Before the split into heads and before rotation: a gain per channel does not commute with a rotation."""
     if norm is None:
         return x
-    slices = x.reshape(*x.shape[:2], -1, norm.gain.shape[0])
+    width = norm.gain.shape[0]
+    slices = x if width == x.shape[-1] else x.reshape(*x.shape[:2], -1, width)
     return norm(slices).reshape(x.shape)

@@ -39,9 +39,9 @@ class Block(nnx.Module):
         self.attention_norm, self.mlp_norm = _pre_norm(spec), _pre_norm(spec)
 
     def __call__(
-        self, x: Float[Array, "N T D"], mask: Bool[Array, "N T T"], angles: Float[Array, "N T half"] | None
+        self, x: Float[Array, "N T D"], mask: Bool[Array, "N T T"], turns: Float[Array, "N T 2 half"] | None
     ) -> Float[Array, "N T D"]:
-        x = x + self.attention(x if self.attention_norm is None else self.attention_norm(x), mask, angles)
+        x = x + self.attention(x if self.attention_norm is None else self.attention_norm(x), mask, turns)
         x = x + self.mlp(x if self.mlp_norm is None else self.mlp_norm(x))
         return constrain(x, ("batch", "length", "activation"))
 

@@ -15,13 +15,17 @@ def segment_positions(segment_ids: Int[Array, "N T"]) -> Int[Array, "N T"]:
     return index - jax.lax.cummax(starts, axis=1)
 
 
-def rotary_angles(positions: Int[Array, "N T"], head_dim: int, theta: float) -> Float[Array, "N T half"]:
-    """angle[t, i] = position[t] * theta^(-2 i / head_dim) (RoPE, arXiv 2104.09864)."""
-    return positions[..., None] * theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
+def rotary_turns(positions: Int[Array, "N T"], head_dim: int, theta: float) -> Float[Array, "N T 2 half"]:
+    """Cosine and sine of angle[t, i] = position[t] * theta^(-2 i / head_dim), RoPE (arXiv 2104.09864).
+
+    The angles are alike in every block, so this is done once, outside the scan over blocks.
+    """
+    angles = positions[..., None] * theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=2)
 
 
-def rotate(x: Float[Array, "N T H d"], angles: Float[Array, "N T half"]) -> Float[Array, "N T H d"]:
+def rotate(x: Float[Array, "N T H d"], turns: Float[Array, "N T 2 half"]) -> Float[Array, "N T H d"]:
     """Turn the pairs (x[i], x[i + d/2]) by their angles, in float32 or wider."""
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    cos, sin = turns[:, :, None, 0], turns[:, :, None, 1]
     first, second = jnp.split(x.astype(wide(x.dtype)), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -22,7 +22,7 @@ from opus_jax.models.attention import attention_mask
 from opus_jax.models.block import Block
 from opus_jax.models.linear import Linear
 from opus_jax.models.norms import Norm
-from opus_jax.models.positions import rotary_angles, segment_positions
+from opus_jax.models.positions import rotary_turns, segment_positions
 from opus_jax.models.precision import wide
 from opus_jax.models.presets import ModelSpec
 
@@ -63,19 +63,19 @@ class Transformer(nnx.Module):
             x = x + self.positions(positions, self.spec.dtype)
         x = constrain(x * self.spec.embedding_scale, ("batch", "length", "activation"))
         rotary = self.spec.positions == "rope"
-        angles = rotary_angles(positions, self.spec.head_dim, self.spec.rope_theta) if rotary else None
-        x = self.final_norm(self._scan_blocks(x, attention_mask(segment_ids), angles))
+        turns = rotary_turns(positions, self.spec.head_dim, self.spec.rope_theta) if rotary else None
+        x = self.final_norm(self._scan_blocks(x, attention_mask(segment_ids), turns))
         kernel = self.embedding.embedding[...].T if self.head is None else self.head.kernel[...]
         logits = jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=wide(x.dtype))
         return constrain(logits, ("batch", "length", "vocab"))
 
     def _scan_blocks(
-        self, x: Float[Array, "N T D"], mask: Bool[Array, "N T T"], angles: Float[Array, "N T half"] | None
+        self, x: Float[Array, "N T D"], mask: Bool[Array, "N T T"], turns: Float[Array, "N T 2 half"] | None
     ) -> Float[Array, "N T D"]:
         graph, stacked = nnx.split(self.blocks)
 
         def run(x: Any, block: Any) -> Any:
-            return nnx.merge(graph, block)(x, mask, angles), None
+            return nnx.merge(graph, block)(x, mask, turns), None
 
         return jax.lax.scan(_rematerialised(run, self.spec.remat), x, stacked)[0]
 
