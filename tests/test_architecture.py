@@ -14,6 +14,7 @@ PACKAGE = ROOT / "opus_jax"
 # Lowest floor first: a module imports from its own floor's room or from lower floors, never from above.
 FLOORS = [
     {"errors"},
+    {"config_checks"},
     {"config"},
     {"distributed", "pallas_kernels"},
     {"models", "optim"},

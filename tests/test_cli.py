@@ -1,5 +1,6 @@
 """The command line as a person meets it: every mistake is one line that helps, and every command does its work."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -26,8 +27,16 @@ FILES = f"{TRAIN} proxy.source=files"
 MISTAKES = {
     "unknown key": (f"{TRAIN} selection.temprature=1", ["selection.temprature = 1", "selection.temperature"]),
     "unknown section": (f"{TRAIN} modle.width=1", ["modle", "nearest is model"]),
-    "wrong type": (f"{TRAIN} run.steps=many", ["run.steps", "'many'", "Integer"]),
-    "a fraction of a step": (f"{TRAIN} run.steps=3.5", ["run.steps", "'3.5'", "Integer"]),
+    "wrong type": (f"{TRAIN} run.steps=many", ["run.steps = 'many'", "a whole number"]),
+    "a fraction of a step": (f"{TRAIN} run.steps=3.5", ["run.steps = 3.5", "a whole number"]),
+    "no list": (f"{TRAIN} proxy.domains=prose", ["proxy.domains = 'prose'", "a list of names, such as [one,two]"]),
+    "no number": (f"{TRAIN} optimizer.clip=[1]", ["optimizer.clip = [1]", "a number, or null"]),
+    "no mapping": (f"{TRAIN} corpus.weights=3", ["corpus.weights = 3", "a mapping of names to numbers"]),
+    "weight": (f"{TRAIN} corpus.weights.prose=lots", ["corpus.weights.prose = 'lots'", "a number"]),
+    "torn override": (f"{TRAIN} run.steps=[", ["'run.steps=['", "not readable YAML"]),
+    "section left out": (f"{TRAIN} width=64", ["width = 64", "nearest is model.width"]),
+    "direction": (f"{TRAIN} selection.direction=muon_frozen", ["direction = 'muon_frozen'", "vjp, adamw_frozen"]),
+    "unprepared": (f"{TRAIN} corpus.path=text/prose proxy.domains=[] model.heads=3", ["model.heads = 3", "width = 32"]),
     "value for a section": (f"{TRAIN} run=3", ["run = 3", "dir, seed, steps"]),
     "ratio 0": (f"{TRAIN} selection.ratio=0", ["selection.ratio = 0.0", "above 0 and at most 1"]),
     "not a number": (f"{TRAIN} optimizer.learning_rate=nan", ["optimizer.learning_rate = nan", "at least 0"]),
@@ -83,7 +92,7 @@ MISTAKES = {
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared corpus, and some files that no command can use."""
     folder = tmp_path_factory.mktemp("place")
-    config = small_config(folder, "run.steps=6", "run.eval_every=3", "selection.audit_every=0")
+    config = small_config(folder, "run.steps=6", "run.eval_every=3", "selection.audit_every=0", "model.vocab_size=300")
     config.save(folder / "good.yaml")
     (folder / "torn.yaml").write_text("run: {steps: 3\nmodel: [\n")
     (folder / "list.yaml").write_text("- run\n- corpus\n")
@@ -156,6 +165,33 @@ def test_a_changed_configuration_is_refused_with_its_keys(place: Path, run: Path
     assert "selection.temperature: 0.5 -> 0.25" in line
     assert "run.dir" in line
     assert files(place) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.init_from={}/nowhere", "no checkpoint in"),
+        ("model.init_from={}/run model.layers=2", "another one (blocks/attention/"),
+        (
+            "model.init_from={}/run tokenizer.kind=sentencepiece tokenizer.vocab_size=300",
+            "another tokenizer",
+        ),
+        ("tracking.trackio=x", "pip install"),
+    ],
+)
+def test_a_mistake_that_ends_a_run_at_once_does_not_bind_the_next(
+    place: Path, run: Path, override: str, expected: str, capsys: Output, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, find=importlib.util.find_spec: None if name == "trackio" else find(name),
+    )
+    command = f"train {place}/good.yaml run.dir={place}/bound"
+    assert call(f"{command} {override.format(place)}") == 2
+    assert expected in message(capsys.readouterr().err)
+    assert call(f"{command} selection.ratio=0.25 model.init_from={place}/nowhere") == 2
+    assert "no checkpoint in" in message(capsys.readouterr().err)
 
 
 def test_debug_shows_where_the_mistake_was_noticed(place: Path, capsys: Output) -> None:

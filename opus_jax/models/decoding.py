@@ -26,6 +26,7 @@ class Sampling:
     temperature: float = 1.0  # divides the logits; 0 = always the most likely token
     top_k: int | None = None  # draw among this many most likely tokens; null = all
     top_p: float | None = None  # draw among the fewest most likely tokens that hold this probability; null = all
+    vocabulary: int | None = None  # draw ids below this only, where the model has more than the tokenizer
 
     def __post_init__(self) -> None:
         _require(self.temperature >= 0, f"temperature = {self.temperature}: must be at least 0 (0 = most likely token)")
@@ -95,6 +96,8 @@ def _extend(
     """Write token number `length` behind the ones that are there."""
     inside = (jnp.arange(row.shape[1]) < length).astype(jnp.int32)[None]
     logits = apply(spec, params, row, inside)[0, length - 1]
+    if sampling.vocabulary is not None:
+        logits = jnp.where(jnp.arange(logits.shape[0]) < sampling.vocabulary, logits, -jnp.inf)
     if sampling.temperature == 0:
         token = jnp.argmax(logits).astype(jnp.int32)
     else:

@@ -84,6 +84,7 @@ def build(config: Config, *, progress: bool = True) -> Parts:
     """
     mesh = make_mesh(config.mesh)
     check_rows(config, mesh)
+    resolve(config.model, config.model.vocab_size or 1, config.corpus.row_tokens)  # preparing can take minutes
     records = prepare(config, progress=progress)
     manifest = Manifest.load(records)
     tokenizer = load_tokenizer(records)

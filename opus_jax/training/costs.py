@@ -50,7 +50,7 @@ def step_costs(spec: ModelSpec, config: Config) -> StepCosts:
         proxy=proxy,
         direction=direction,
         scoring=per_scored_row * config.candidates,
-        audit=proxy + direction + 2 * 3 * windowed * config.selection.audit_rows if directed else 0,
+        audit=proxy + direction + 3 * (windowed + row) * config.selection.audit_rows if directed else 0,
     )
 
 

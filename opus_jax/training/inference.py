@@ -1,6 +1,7 @@
 """Using a trained run: its model for evaluation and for writing text."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def generate_text(
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     yield prompt
     stream = decoding.generate_tokens(
-        parts.spec, params, ids, max_new_tokens=tokens, sampling=sampling,
+        parts.spec, params, ids, max_new_tokens=tokens, sampling=replace(sampling, vocabulary=tokenizer.vocab_size),
         key=jax.random.key(seed), eos_id=tokenizer.eos_id,
     )  # fmt: skip
     written, shown = [], ""

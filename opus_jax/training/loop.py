@@ -21,9 +21,10 @@ from opus_jax.data.records import RowReader
 from opus_jax.errors import InterruptedRunError, UserError
 from opus_jax.models.transformer import parameter_count
 from opus_jax.training.build import Parts, build
-from opus_jax.training.checkpoint import Checkpoints, load_params
+from opus_jax.training.checkpoint import Checkpoints
 from opus_jax.training.costs import step_costs
 from opus_jax.training.feed import Fed, Feed
+from opus_jax.training.first_weights import first_weights
 from opus_jax.training.interrupt import stop_signals
 from opus_jax.training.metrics import MetricsWriter
 from opus_jax.training.progress import Progress
@@ -80,7 +81,7 @@ def _start(parts: Parts, checkpoints: Checkpoints) -> tuple[TrainState, Plan, To
             )
         return state, Plan.from_arrays(data), Totals.from_mapping(meta["totals"])
     config = parts.config
-    params = load_params(Path(config.model.init_from))[0] if config.model.init_from else None
+    params = first_weights(parts) if config.model.init_from else None
     state = init_state(parts.spec, parts.optimizer, config.run.seed, parts.mesh, directed=parts.directed, params=params)
     return state, parts.candidate_plan(), Totals.start(len(parts.manifest.domains))
 

@@ -38,20 +38,20 @@ def open_run_folder(run_dir: str | Path, config: Config) -> Iterator[Path]:
         raise UserError(f"cannot make the run folder {folder} ({error.strerror}): choose another run.dir") from None
     with run_lock(folder):
         refuse_changed_config(folder, config)
-        if not (folder / CONFIG).is_file():
+        if not has_begun(folder):
             write_atomic(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config.to_mapping())))
         write_atomic(folder / ENVIRONMENT, encode(_with_earlier(folder, describe_environment()), indent=1))
         yield folder
 
 
 def refuse_changed_config(run_dir: str | Path, config: Config) -> None:
-    """Do nothing if the folder is new or was made by the same configuration.
+    """Do nothing if the folder is new, was made by the same configuration, or holds no checkpoint yet.
 
     Raises:
       UserError: some keys differ; the message lists each as `key: old -> new`.
     """
     file = Path(run_dir) / CONFIG
-    if not file.is_file():
+    if not (file.is_file() and has_begun(run_dir)):
         return
     old = Config.load(file)
     changed = [f"{key}: {_value(old, key)} -> {_value(config, key)}" for key in changed_keys(old, config)]
@@ -60,6 +60,11 @@ def refuse_changed_config(run_dir: str | Path, config: Config) -> None:
             f"{run_dir} holds a run with another configuration ({'; '.join(changed)}): "
             "set these back, or choose another run.dir"
         )
+
+
+def has_begun(run_dir: str | Path) -> bool:
+    """Whether there is anything to go on from: a mistake that ends a run at once must not bind the next one."""
+    return any((Path(run_dir) / "checkpoints").glob("*"))
 
 
 def write_records_place(run_dir: str | Path, records: Path, fingerprint: str) -> None:

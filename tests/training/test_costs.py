@@ -4,6 +4,7 @@ The compiler counts the body of a loop once, so: one layer, nothing in chunks. W
 and attention (norms, softmax, the loss) is a few percent at this width.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 from opus_jax.config import Config, from_mapping
 from opus_jax.distributed.mesh import make_mesh
+from opus_jax.influence import per_example
 from opus_jax.models import transformer
 from opus_jax.models.loss import row_losses
 from opus_jax.models.presets import ModelSpec, resolve
@@ -114,6 +116,19 @@ def test_adams_direction_is_elementwise_and_counts_as_nothing() -> None:
     assert parts.costs.direction == 0
     elements = sum(x.size for x in jax.tree.leaves(parts.params))
     assert compiled_direction(parts) < 100 * elements
+
+
+def test_an_audit_scores_windows_and_checks_them_on_whole_rows() -> None:
+    parts = Parts("selection.window=32")
+    loss, rows = partial(row_losses, parts.spec), parts.rows(3)
+    engine = compiled(
+        lambda p, v, rows: score_rows(parts.spec, parts.config, p, v, rows, chunk=None),
+        parts.params,
+        parts.params,
+        rows,
+    )
+    oracle = compiled(lambda p, v, rows: per_example.utilities(loss, p, v, rows), parts.params, parts.params, rows)
+    assert parts.costs.proxy + engine + oracle == pytest.approx(parts.costs.audit, rel=0.05)
 
 
 # ----------------------------------------------------------------------------------- which step pays what

@@ -76,7 +76,8 @@ def test_a_changed_configuration_is_refused_with_every_key(tmp_path):
     old = config_module.from_mapping({}, ["run.steps=7", "corpus.weights.web=0.5", "corpus.weights.a\\.b=1"])
     new = config_module.from_mapping({}, ["run.steps=8", "corpus.weights.web=0.25", "run.dir=elsewhere"])
     with open_run_folder(tmp_path, old):
-        pass
+        refuse_changed_config(tmp_path, new)  # nothing was saved yet that would be lost
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     refuse_changed_config(tmp_path, old)
     with pytest.raises(UserError) as refused:
         refuse_changed_config(tmp_path, new)

@@ -1,0 +1,126 @@
+"""Which values a configuration may have: checked when it is made, before anything is read or compiled."""
+
+from typing import Any
+
+from opus_jax.errors import ConfigError
+
+Config = Any  # opus_jax.config.Config, which imports this
+
+_CHOICES = {
+    "corpus.name": ("python-env", "debian", "local", "hf"),
+    "corpus.domain_by": ("folder", "file", "field"),
+    "tokenizer.kind": ("sentencepiece", "byte"),
+    "model.norm": ("prenorm", "prenorm_qk", "simplenorm", None),
+    "model.norm_kind": ("rmsnorm", "layernorm", None),
+    "model.qk_norm_axis": ("full", "head", None),
+    "model.activation": ("gelu", "swiglu", None),
+    "model.positions": ("rope", "learned", None),
+    "model.init": ("fan_in", "official"),
+    "model.remat": ("none", "full", "dots"),
+    "model.dtype": ("float32", "bfloat16", None),
+    "optimizer.name": ("adamw", "muon"),
+    "optimizer.schedule": ("constant", "cosine", "linear", "wsd"),
+    "selection.method": ("opus", "high_loss", "random", "none"),
+    "selection.engine": ("directional", "per_example"),
+    "selection.direction": ("vjp", "adamw_frozen", "muon_frozen", "identity"),
+    "proxy.source": ("heldout", "files"),
+}
+
+_AT_LEAST = {
+    "run.seed": 0, "run.steps": 1, "run.eval_every": 1, "run.save_every": 1, "run.log_every": 1,
+    "corpus.row_tokens": 8, "corpus.max_bytes": 1, "corpus.workers": 1,
+    "tokenizer.vocab_size": 260,
+    "model.layers": 1, "model.width": 1, "model.hidden": 1, "model.heads": 1, "model.kv_heads": 1,
+    "model.head_dim": 1, "model.vocab_size": 2, "model.max_length": 1,
+    "optimizer.learning_rate": 0.0, "optimizer.adam_learning_rate": 0.0, "optimizer.warmup_steps": 0,
+    "optimizer.weight_decay": 0.0,
+    "batch.rows": 1, "batch.microbatch": 1,
+    "selection.temperature": 0.0, "selection.window": 2, "selection.score_chunk": 1,
+    "selection.warm_start_steps": 0, "selection.audit_every": 0, "selection.audit_rows": 3,
+    "proxy.rows": 1, "proxy.refresh": 1, "evaluation.rows": 1, "evaluation.batch_rows": 1,
+    "mesh.replica": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "checkpoint.keep": 1, "report.examples": 1,
+}  # fmt: skip
+
+_POSITIVE = ("model.norm_eps", "model.rope_theta", "optimizer.eps", "optimizer.clip")
+_SHARE_BELOW_1 = ("optimizer.beta1", "optimizer.beta2", "optimizer.momentum", "proxy.ema")
+_SHARE = ("optimizer.decay_share", "optimizer.final_share")
+
+
+def check(config: Config) -> None:
+    """Refuse values that no run could have, alone or together.
+
+    Raises:
+      ConfigError: naming the key, its value and what is allowed.
+    """
+    for key, allowed in _CHOICES.items():
+        names = [str(a) if a is not None else "null" for a in allowed]
+        _require(config, key, lambda x, ok=allowed: x in ok, f"must be one of {', '.join(names)}")
+    for key, least in _AT_LEAST.items():
+        _require(config, key, lambda x, low=least: x is None or x >= low, f"must be at least {least}")
+    for key in _POSITIVE:
+        _require(config, key, lambda x: x is None or x > 0, "must be above 0")
+    for key in _SHARE_BELOW_1:
+        _require(config, key, lambda x: 0 <= x < 1, "must be at least 0 and below 1")
+    for key in _SHARE:
+        _require(config, key, lambda x: 0 <= x <= 1, "must lie between 0 and 1")
+    _require(config, "selection.ratio", lambda x: 0 < x <= 1, "must be above 0 and at most 1")
+    _require(config, "mesh.data", lambda x: x >= 1 or x == -1, "must be at least 1, or -1 for all remaining devices")
+    for key in ("corpus.validation_share", "corpus.proxy_share"):
+        _require(config, key, lambda x: 0 < x < 0.5, "must be above 0 and below 0.5")
+    _check_corpus(config)
+    _check_direction(config)
+    _check_batch(config)
+
+
+def _check_corpus(config: Config) -> None:
+    corpus = config.corpus
+    if corpus.name in ("local", "hf") and not corpus.path:
+        raise ConfigError("corpus.path", corpus.path, f"corpus.name = {corpus.name} needs a path")
+    if corpus.name == "hf" and not corpus.revision:
+        raise ConfigError(
+            "corpus.revision", corpus.revision, "corpus.name = hf needs a pinned revision (a commit hash)"
+        )
+    for domain, weight in corpus.weights.items():
+        if weight < 0:
+            raise ConfigError(f"corpus.weights.{domain}", weight, "must be at least 0")
+    if corpus.weights and not any(corpus.weights.values()):
+        raise ConfigError("corpus.weights", corpus.weights, "at least one weight must be above 0")
+    if config.proxy.source == "files" and not config.proxy.path:
+        raise ConfigError("proxy.path", None, "proxy.source = files needs a file or folder")
+
+
+def _check_direction(config: Config) -> None:
+    direction, name = config.selection.direction, config.optimizer.name
+    if direction in ("adamw_frozen", "muon_frozen") and direction != f"{name}_frozen":
+        raise ConfigError(
+            "selection.direction", direction, f"with optimizer.name = {name} must be vjp, {name}_frozen or identity"
+        )
+
+
+def _check_batch(config: Config) -> None:
+    rows, micro, candidates = config.batch.rows, config.batch.microbatch, config.candidates
+    if micro is not None and rows % micro:
+        raise ConfigError("batch.microbatch", micro, f"must divide batch.rows = {rows}")
+    if micro is not None and config.proxy.rows > micro and config.proxy.rows % micro:
+        raise ConfigError(
+            "batch.microbatch", micro, f"must divide proxy.rows = {config.proxy.rows} or be at least that"
+        )
+    chunk = config.selection.score_chunk
+    if chunk is not None and candidates % chunk:
+        raise ConfigError(
+            "selection.score_chunk", chunk, f"must divide the {candidates} candidates (batch.rows / selection.ratio)"
+        )
+    window = config.selection.window
+    if window is not None and window > config.corpus.row_tokens:
+        raise ConfigError("selection.window", window, f"must be at most corpus.row_tokens = {config.corpus.row_tokens}")
+    if config.selection.audit_every and config.selection.audit_rows > candidates:
+        raise ConfigError(
+            "selection.audit_rows", config.selection.audit_rows, f"must be at most the {candidates} candidates"
+        )
+
+
+def _require(config: Config, key: str, holds: Any, allowed: str) -> None:
+    section, name = key.split(".")
+    value = getattr(getattr(config, section), name)
+    if not holds(value):
+        raise ConfigError(key, value, allowed)
