@@ -31,6 +31,7 @@ from opus_jax.training.step import mean_gradient
 SCALES = {"spearman": 0.1, "spearman_full_step": 1.0}
 MODES = {"vjp": "vjp", "frozen": "{optimizer}_frozen", "identity": "identity"}
 CANDIDATES = 64
+CLIP = 0.1  # below every gradient norm of these runs, so that clipping is always active
 STEPS_BETWEEN, CHECKPOINTS = 100, 5
 
 
@@ -43,13 +44,13 @@ def measure(quick: bool) -> tuple[dict[str, Any], Figures]:
     figures: Figures = {}
     for optimizer in ("adamw", "muon"):
         for norm in ("simplenorm", "prenorm"):
-            for clip in (1.0, None):
+            for clip in (CLIP, None):
                 config = _config(optimizer, norm, clip, steps=every * count)
                 print(f"{optimizer} {norm} clip={clip}: {every * count} steps", file=sys.stderr, flush=True)
                 for key, value in _agreements(config, every, count):
                     figures.setdefault(key, []).append(value)
                     figures.setdefault(f"{key}.{norm}.{'clip' if clip else 'noclip'}", []).append(value)
-    config = _config("adamw", "simplenorm", 1.0, 1)
+    config = _config("adamw", "simplenorm", CLIP, 1)
     setting = {
         "corpus": config.corpus.name,
         "domains": config.corpus.domains,
@@ -59,6 +60,7 @@ def measure(quick: bool) -> tuple[dict[str, Any], Figures]:
         "row_tokens": config.corpus.row_tokens,
         "candidates": CANDIDATES,
         "learning_rate": config.optimizer.learning_rate,
+        "clip": CLIP,
         "checkpoint_steps": [every * (i + 1) for i in range(count)],
         "method_arms": ["spearman.adamw.vjp", "spearman.muon.vjp"],
     }

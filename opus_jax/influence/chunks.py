@@ -29,8 +29,12 @@ def map_chunks(function: Callable[[PyTree[Any]], PyTree[Any]], batch: PyTree[Any
         return function(batch)
     if chunk < 1 or rows % chunk:
         raise UserError(f"chunk = {chunk} does not divide the {rows} rows")
-    parts = jax.tree.map(lambda x: _deal(x, chunk), batch)
-    return jax.tree.map(_gather, jax.lax.map(function, parts))
+    return jax.tree.map(_gather, jax.lax.map(function, deal(batch, chunk)))
+
+
+def deal(batch: PyTree[Any], chunk: int) -> PyTree[Any]:
+    """[N, ...] -> [N / chunk, chunk, ...], interleaved; `chunk` divides N."""
+    return jax.tree.map(lambda x: _deal(x, chunk), batch)
 
 
 def _deal(x: jax.Array, chunk: int) -> jax.Array:

@@ -59,12 +59,10 @@ class Recorder:
         self._finished += seconds
         self._count(done, metrics, seconds)
         if self.log is not None:
-            scored = (
-                self.config.selection.method in SCORING_METHODS and done.step > self.config.selection.warm_start_steps
-            )
-            self.log.write(done.step, _log_columns(done.host, metrics, scored))
+            self.log.write(done.step, _log_columns(done.host, metrics, self._scores(done.step)))
         line = self._line(done, metrics, seconds)
-        if done.step % self.config.run.log_every == 0 or done.step == self.config.run.steps:
+        due = done.step % self.config.run.log_every == 0 or done.step == self.config.run.steps
+        if due or done.audit is not None:
             self._write(line)
         self.progress.update(done.step, line)
         if not np.isfinite(metrics["loss"]):
@@ -79,6 +77,10 @@ class Recorder:
         self.totals.bits_per_byte, self.totals.target_bits_per_byte = bits, target
         self._write({"step": step, "bits_per_byte": bits, "target_bits_per_byte": target} | self._totals())
         self.progress.evaluated(step, bits, target)
+
+    def _scores(self, step: int) -> bool:
+        selection = self.config.selection
+        return selection.method in SCORING_METHODS and step > selection.warm_start_steps
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.writer is not None:
@@ -115,6 +117,8 @@ class Recorder:
             "selected_at_random": bool(metrics["selected_at_random"]),
             "nonfinite_direction": int(metrics["nonfinite_direction"]),
         }
+        if line["selected_at_random"] and self._scores(done.step):
+            self.progress.warn(f"step {done.step}: all utilities are equal, so the rows were chosen at random")
         if done.audit is not None:
             line["audit_rank_agreement"] = agreement = float(done.audit)
             if agreement < WARN_BELOW:

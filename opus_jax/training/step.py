@@ -4,7 +4,6 @@ Read top to bottom: `make_step` closes over what is static; `_select` scores and
 Quickstart, benchmarks, tests and ahead-of-time compilation all use this function and no other.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from opus_jax.config import Config
 from opus_jax.distributed.axes import constrain, replicated, sharding
 from opus_jax.influence import directional, per_example
+from opus_jax.influence.chunks import deal, map_chunks
 from opus_jax.influence.proxy import update_proxy_gradient
 from opus_jax.models.loss import batch_loss, row_losses
 from opus_jax.models.presets import ModelSpec
@@ -188,9 +188,8 @@ def take(rows: Batch, indices: Int[Array, " K"]) -> Batch:
 
 
 def _losses(spec: ModelSpec, config: Config, params: Any, candidates: Batch) -> Float[Array, " N"]:
-    return by_chunks(
-        partial(row_losses, spec, params), window(candidates, config.selection.window), config.selection.score_chunk
-    )
+    rows = window(candidates, config.selection.window)
+    return map_chunks(partial(row_losses, spec, params), rows, config.selection.score_chunk)
 
 
 def _random_gradient(spec: ModelSpec, config: Config, params: Any, candidates: Batch, key: Any) -> Any:
@@ -235,25 +234,9 @@ def mean_gradient(
     if microbatch is None or microbatch >= rows:
         gradient, nats, tokens = grad_sum(batch)
     else:
-        parts = _interleave(batch, microbatch)
+        parts = deal(batch, microbatch)
         add = lambda total, rows: (jax.tree.map(jnp.add, total, grad_sum(rows)), None)  # noqa: E731
         start = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad_sum, jax.tree.map(lambda x: x[0], parts)))
         (gradient, nats, tokens), _ = jax.lax.scan(add, start, parts)
     count = jnp.maximum(tokens, 1)
     return jax.tree.map(lambda g: g / count, gradient), nats / count, tokens
-
-
-def by_chunks(function: Callable[[Batch], Float[Array, " n"]], rows: Batch, chunk: int | None) -> Float[Array, " N"]:
-    """Apply a per-row function a chunk of rows at a time."""
-    total = rows["tokens"].shape[0]
-    if chunk is None or chunk >= total:
-        return function(rows)
-    return jax.lax.map(function, _interleave(rows, chunk)).swapaxes(0, 1).reshape(total)
-
-
-def _interleave(rows: Batch, chunk: int) -> Batch:
-    """[N, ...] -> [N / chunk, chunk, ...]; each chunk takes rows from every shard of the batch axis."""
-    return {
-        name: constrain(x.reshape(chunk, -1, *x.shape[1:]).swapaxes(0, 1), (None, *batch_axes(x)))
-        for name, x in rows.items()
-    }
