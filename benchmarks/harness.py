@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -69,7 +71,8 @@ def _seconds(action: Callable[[], None]) -> float:
 def _environment() -> dict[str, Any]:
     """Versions and devices; where it was run and how it was called stay out of committed results."""
     known = describe_environment()
-    return {key: known[key] for key in ("python", "platform", "versions", "devices", "cpu_count") if key in known}
+    machine = {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count()}
+    return machine | {key: known[key] for key in ("python", "packages", "devices")}
 
 
 def _number(value: float | None) -> str:
