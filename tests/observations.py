@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from reports.fabricate import write_trained_pair
-from runs import lines, small_config, write_text
+from small_runs import lines, small_config, write_text
 
 from opus_jax.config import Config, TokenizerConfig, fingerprint, from_mapping, replace
 from opus_jax.data import tokenize_documents

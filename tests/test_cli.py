@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import small_config
+from small_runs import small_config
 
 from opus_jax import cli
 from opus_jax.training import build, loop

@@ -2,7 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import mapping, write_text
+from small_runs import mapping, write_text
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from runs import lines, mapping, small_config, write_text
+from small_runs import lines, mapping, small_config, write_text
 
 from opus_jax.config import Config, from_mapping
 from opus_jax.errors import NonFiniteLossError, UserError
