@@ -12,7 +12,6 @@ from typing import Any
 
 from opus_jax.training.environment import describe_environment
 
-RESULTS = Path(__file__).parent / "results"
 Figures = dict[str, list[float | None]]
 
 

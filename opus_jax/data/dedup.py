@@ -11,24 +11,22 @@ its position, and thirteen words hash to the sum of their mixed hashes times pow
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64, UInt64
 
+from opus_jax.data.blocks import blocks
+
 NGRAM_WORDS = 13
 NEAR_COPY_SHARE = 0.5  # a document with a larger containment is a near copy
 
-_BLOCK_CHARACTERS = 1 << 20
 _BASE = 0x9E3779B97F4A7C15  # any odd number has an inverse modulo 2^64
 _BASE_INVERSE = pow(_BASE, -1, 1 << 64)
 _ORDER = 0xD1B54A32D192ED03
 
 _WORD_BYTE = np.array([chr(b).isalnum() if b < 128 else True for b in range(256)])
 _UNSPACED_LEAD = np.arange(256) >= 0xE3  # first UTF-8 byte of U+3000 and beyond: a word by itself
-
-Item = TypeVar("Item")
 
 
 class ExactCopies:
@@ -94,20 +92,6 @@ def word_hashes(texts: Sequence[str]) -> tuple[UInt64[np.ndarray, " words"], Int
     hashes = _mix((prefix[ends] - prefix[starts]) * inverses[starts])
     text_ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
     return hashes, np.searchsorted(text_ends, starts, side="right")
-
-
-def blocks(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Group items, in order, into lists of about a megabyte of text: enough to make array operations worth it."""
-    block: list[Item] = []
-    characters = 0
-    for item in items:
-        block.append(item)
-        characters += size(item)
-        if characters >= _BLOCK_CHARACTERS:
-            yield block
-            block, characters = [], 0
-    if block:
-        yield block
 
 
 def _word_bounds(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

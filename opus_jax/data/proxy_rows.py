@@ -1,13 +1,12 @@
 """Which rows of the proxy split stand for what the model should become good at."""
 
-import difflib
-
 import numpy as np
 
 from opus_jax.config import Config
+from opus_jax.data.documents import require_known
 from opus_jax.data.plan import Plan
 from opus_jax.data.records import Manifest
-from opus_jax.errors import ConfigError, UserError
+from opus_jax.errors import UserError
 
 
 def proxy_plan(manifest: Manifest, config: Config) -> Plan:
@@ -19,9 +18,10 @@ def proxy_plan(manifest: Manifest, config: Config) -> Plan:
       ConfigError: `proxy.domains` names an unknown domain.
       UserError: the chosen domains have no proxy rows.
     """
-    wanted = target_domains(manifest, config)
+    require_known("proxy.domains", config.proxy.domains, manifest.domains)
     # Proxy rows from files belong to no domain of the pool: all of them are wanted.
-    counted = wanted if config.proxy.source == "heldout" else manifest.domains
+    chosen = config.proxy.domains if config.proxy.source == "heldout" else []
+    counted = chosen or manifest.domains
     counts = np.array([manifest.rows["proxy"].get(name, 0) for name in manifest.domains], np.int64)
     weights = np.where(np.isin(manifest.domains, counted), counts, 0).astype(np.float64)
     if not weights.any():
@@ -39,8 +39,5 @@ def target_domains(manifest: Manifest, config: Config) -> list[str]:
     Raises:
       ConfigError: one of them is unknown.
     """
-    for name in config.proxy.domains:
-        if name not in manifest.domains:
-            close = difflib.get_close_matches(name, manifest.domains, n=1, cutoff=0.0)[0]
-            raise ConfigError("proxy.domains", name, f"no such domain; the nearest is {close}")
+    require_known("proxy.domains", config.proxy.domains, manifest.domains)
     return list(config.proxy.domains) or [name for name in manifest.domains if manifest.rows["validation"][name]]

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from opus_jax.config import CorpusConfig
-from opus_jax.data.dedup import NEAR_COPY_SHARE, NGRAM_WORDS, ExactCopies, HeldOutText, blocks
+from opus_jax.data.blocks import blocks
+from opus_jax.data.dedup import NEAR_COPY_SHARE, NGRAM_WORDS, ExactCopies, HeldOutText
 from opus_jax.data.documents import Corpus, Document
 from opus_jax.data.noise import Noise, read_noise
 from opus_jax.errors import UserError

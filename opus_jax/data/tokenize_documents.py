@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from opus_jax.data.blocks import blocks
 from opus_jax.data.tokenizer import Tokenizer, load_tokenizer
 from opus_jax.errors import UserError
 
@@ -36,7 +37,7 @@ def tokenize_texts(
     """
     lengths: list[np.ndarray] = [np.zeros(0, np.int64)]
     with spool.open("wb") as file:
-        for tokens, counts in _encoded(_batches(texts), tokenizer_folder, workers):
+        for tokens, counts in _encoded(blocks(texts, len, _BATCH_CHARACTERS), tokenizer_folder, workers):
             file.write(tokens.tobytes())
             lengths.append(counts)
     return np.concatenate(lengths)
@@ -45,19 +46,6 @@ def tokenize_texts(
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _encoded(batches: Iterator[list[str]], folder: Path, workers: int) -> Iterator[Encoded]:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opus_jax.data.dedup import NGRAM_WORDS, ExactCopies, HeldOutText, blocks, ngram_hashes, word_hashes
+from opus_jax.data.blocks import blocks
+from opus_jax.data.dedup import NGRAM_WORDS, ExactCopies, HeldOutText, ngram_hashes, word_hashes
 
 VOCABULARY = [f"word{i}" for i in range(50)]
 
