@@ -110,26 +110,57 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    method: str = "opus"  # opus | high_loss | random | none
+    method: str = "opus"  # opus | paper | greats | high_loss | mid_loss | random | none
     ratio: float = 0.5  # K / N: share of the candidate buffer that is trained on
-    temperature: float = 0.5  # on z-scores; 0 = top-k, .inf = random
+    temperature: float = 0.5  # on z-scores; 0 = top-k, .inf = score only, choose at random
+    entropy: Optional[float] = None  # instead of a temperature: entropy of the first draw, as a share of log N
+    redundancy: float = 0.0  # lambda, penalty on what the chosen rows have in common; 0 = off, 1 = the full step
+    redundancy_rounds: int = 4  # directional engine: rounds of picks, rescored in between
     engine: str = "directional"  # directional | per_example
+    derivative: str = "jvp"  # jvp (exact) | difference (cheaper, approximate): of the directional engine
     direction: str = "vjp"  # vjp | adamw_frozen | muon_frozen | identity
-    window: Optional[int] = None  # score only the first tokens of a row; null = the whole row
+    parameters: str = "all"  # all | blocks | top_half | top_quarter: along which parameters utilities are taken
+    window: Optional[int] = None  # score only so many tokens of a row; null = the whole row
+    window_place: str = "prefix"  # prefix | random: where in the row the window lies
     score_chunk: Optional[int] = None  # candidates scored at once; null = all
     warm_start_steps: int = 20  # first steps choose at random
+    select_every: int = 1  # steps between scorings; steps in between train on fresh rows of the stream
     audit_every: int = 100  # steps between checks against exact per-example gradients; 0 = off
     audit_rows: int = 8  # candidates in one check
 
 
 @dataclass(frozen=True)
 class ProxyConfig:
-    source: str = "heldout"  # heldout (the proxy split of proxy.domains) | files (proxy.path)
+    source: str = "heldout"  # heldout (the proxy split of proxy.domains) | files (proxy.path) | retrieved
     domains: list[str] = field(default_factory=list)  # empty = every domain (heldout)
-    path: Optional[str] = None  # files: text, JSONL or Parquet
+    path: Optional[str] = None  # text, JSONL or Parquet: files: the proxy itself; retrieved: what it shall be like
+    retrieved_share: float = 0.01  # retrieved: share of the corpus's bytes taken as proxy
+    embedder: str = "hashing"  # retrieved, clusters: hashing (built in) | package.module:function
     rows: int = 16  # proxy rows per refresh
     refresh: int = 1  # steps between fresh proxy gradients
     ema: float = 0.0  # weight of the past in the proxy gradient; 0 = the fresh one only
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    importance: Optional[str] = None  # dsir: keep the documents most like the proxy by hashed n-grams (a rival)
+    keep: float = 0.5  # dsir: share of the training documents kept
+    proxy_rows_share: float = 0.0  # share of the stream given to the proxy rows themselves (a rival)
+
+
+@dataclass(frozen=True)
+class FeedbackConfig:
+    enabled: bool = False  # let scores decide what the stream offers
+    signal: str = "utility"  # utility (scores of candidates) | odm (losses of trained rows, a domain bandit; a rival)
+    window_steps: int = 50  # steps of a plan; scores of window w - 1 and before decide the plan of window w + 1
+    groups: list[str] = field(default_factory=lambda: ["domain", "cluster", "document"])  # coarse to fine
+    clusters: int = 64  # of the embedded documents
+    temperature: float = 0.3  # of the plan, on estimated z-scores; smaller = sharper
+    shrinkage: float = 16.0  # scores that a group's parent counts for in its estimate
+    decay: float = 0.9  # weight of earlier windows, per window
+    floor: float = 0.01  # least share of every domain with rows
+    max_epochs: Optional[float] = 4.0  # passes over a domain that the run may reach; null = any
+    shuffle: bool = False  # a control: scores are dealt out anew among the candidates of a buffer
 
 
 @dataclass(frozen=True)
@@ -176,6 +207,8 @@ class Config:
     batch: BatchConfig = field(default_factory=BatchConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

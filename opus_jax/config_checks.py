@@ -20,10 +20,15 @@ _CHOICES = {
     "model.dtype": ("float32", "bfloat16", None),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.schedule": ("constant", "cosine", "linear", "wsd"),
-    "selection.method": ("opus", "high_loss", "random", "none"),
+    "selection.method": ("opus", "paper", "greats", "high_loss", "mid_loss", "random", "none"),
     "selection.engine": ("directional", "per_example"),
+    "selection.derivative": ("jvp", "difference"),
+    "selection.parameters": ("all", "blocks", "top_half", "top_quarter"),
+    "selection.window_place": ("prefix", "random"),
     "selection.direction": ("vjp", "adamw_frozen", "muon_frozen", "identity"),
-    "proxy.source": ("heldout", "files"),
+    "proxy.source": ("heldout", "files", "retrieved"),
+    "plan.importance": ("dsir", None),
+    "feedback.signal": ("utility", "odm"),
 }
 
 _AT_LEAST = {
@@ -36,14 +41,24 @@ _AT_LEAST = {
     "optimizer.weight_decay": 0.0,
     "batch.rows": 1, "batch.microbatch": 1,
     "selection.temperature": 0.0, "selection.window": 2, "selection.score_chunk": 1,
+    "selection.redundancy": 0.0, "selection.redundancy_rounds": 1, "selection.select_every": 1,
     "selection.warm_start_steps": 0, "selection.audit_every": 0, "selection.audit_rows": 3,
     "proxy.rows": 1, "proxy.refresh": 1, "evaluation.rows": 1, "evaluation.batch_rows": 1,
+    "feedback.window_steps": 1, "feedback.clusters": 1, "feedback.shrinkage": 0.0, "feedback.floor": 0.0,
     "mesh.replica": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "checkpoint.keep": 1, "report.examples": 1,
 }  # fmt: skip
 
-_POSITIVE = ("model.norm_eps", "model.rope_theta", "optimizer.eps", "optimizer.clip")
-_SHARE_BELOW_1 = ("optimizer.beta1", "optimizer.beta2", "optimizer.momentum", "proxy.ema")
-_SHARE = ("optimizer.decay_share", "optimizer.final_share")
+_POSITIVE = (
+    "model.norm_eps",
+    "model.rope_theta",
+    "optimizer.eps",
+    "optimizer.clip",
+    "feedback.temperature",
+    "feedback.max_epochs",
+)
+_SHARE_BELOW_1 = ("optimizer.beta1", "optimizer.beta2", "optimizer.momentum", "proxy.ema", "plan.proxy_rows_share")
+_SHARE = ("optimizer.decay_share", "optimizer.final_share", "feedback.decay")
+_SHARE_ABOVE_0 = ("selection.ratio", "plan.keep")
 
 
 def check(config: Config) -> None:
@@ -63,13 +78,18 @@ def check(config: Config) -> None:
         _require(config, key, lambda x: 0 <= x < 1, "must be at least 0 and below 1")
     for key in _SHARE:
         _require(config, key, lambda x: 0 <= x <= 1, "must lie between 0 and 1")
-    _require(config, "selection.ratio", lambda x: 0 < x <= 1, "must be above 0 and at most 1")
+    for key in _SHARE_ABOVE_0:
+        _require(config, key, lambda x: 0 < x <= 1, "must be above 0 and at most 1")
+    _require(config, "proxy.retrieved_share", lambda x: 0 < x < 0.5, "must be above 0 and below 0.5")
+    _require(config, "selection.entropy", lambda x: x is None or 0 < x <= 1, "must be above 0 and at most 1, or null")
     _require(config, "mesh.data", lambda x: x >= 1 or x == -1, "must be at least 1, or -1 for all remaining devices")
     for key in ("corpus.validation_share", "corpus.proxy_share"):
         _require(config, key, lambda x: 0 < x < 0.5, "must be above 0 and below 0.5")
     _check_corpus(config)
     _check_direction(config)
     _check_batch(config)
+    _check_redundancy(config)
+    _check_feedback(config)
 
 
 def _check_corpus(config: Config) -> None:
@@ -85,8 +105,8 @@ def _check_corpus(config: Config) -> None:
             raise ConfigError(f"corpus.weights.{domain}", weight, "must be at least 0")
     if corpus.weights and not any(corpus.weights.values()):
         raise ConfigError("corpus.weights", corpus.weights, "at least one weight must be above 0")
-    if config.proxy.source == "files" and not config.proxy.path:
-        raise ConfigError("proxy.path", None, "proxy.source = files needs a file or folder")
+    if config.proxy.source != "heldout" and not config.proxy.path:
+        raise ConfigError("proxy.path", None, f"proxy.source = {config.proxy.source} needs a file or folder")
 
 
 def _check_direction(config: Config) -> None:
@@ -117,6 +137,35 @@ def _check_batch(config: Config) -> None:
         raise ConfigError(
             "selection.audit_rows", config.selection.audit_rows, f"must be at most the {candidates} candidates"
         )
+
+
+def _check_redundancy(config: Config) -> None:
+    selection = config.selection
+    if not selection.redundancy:
+        return
+    if selection.method != "opus":
+        raise ConfigError(
+            "selection.redundancy", selection.redundancy, "belongs to selection.method = opus; set it to 0"
+        )
+    if selection.engine == "directional" and config.batch.rows % selection.redundancy_rounds:
+        raise ConfigError(
+            "selection.redundancy_rounds", selection.redundancy_rounds, f"must divide batch.rows = {config.batch.rows}"
+        )
+
+
+def _check_feedback(config: Config) -> None:
+    feedback, method = config.feedback, config.selection.method
+    known = ("domain", "cluster", "document")
+    if not feedback.groups or list(feedback.groups) != [name for name in known if name in feedback.groups]:
+        raise ConfigError("feedback.groups", feedback.groups, f"must be some of {', '.join(known)}, in this order")
+    if not feedback.enabled:
+        return
+    if feedback.signal == "utility" and method in ("random", "none"):
+        raise ConfigError(
+            "feedback.enabled", True, f"selection.method = {method} scores nothing: use opus with temperature=.inf"
+        )
+    if feedback.signal == "odm" and list(feedback.groups) != ["domain"]:
+        raise ConfigError("feedback.groups", feedback.groups, "feedback.signal = odm knows domains only: [domain]")
 
 
 def _require(config: Config, key: str, holds: Any, allowed: str) -> None:
