@@ -306,9 +306,10 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 def _unlock(node: Any) -> None:
     """Frozen dataclasses give read-only nodes; merging needs them writable."""
     OmegaConf.set_readonly(node, False)
-    for key in node:
-        if OmegaConf.is_config(node[key]):
-            _unlock(node[key])
+    if OmegaConf.is_dict(node):
+        for key in node:
+            if OmegaConf.is_config(node[key]):
+                _unlock(node[key])
 
 
 def _names(cls: type) -> list[str]:
