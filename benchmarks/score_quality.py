@@ -18,6 +18,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.harness import Figures, run_benchmark
 from opus_jax.config import Config, from_mapping, replace
+from opus_jax.data.buffers import every_step
 from opus_jax.data.candidates import CandidateStream
 from opus_jax.data.records import RowReader
 from opus_jax.influence import directional
@@ -113,7 +114,7 @@ def _agreements(config: Config, every: int, count: int) -> Any:
 
 
 def _stream(parts: Parts, split: str, plan: Any, rows: int, seed: int = 0) -> Any:
-    stream = CandidateStream(RowReader(parts.records, split), plan, seed, rows)
+    stream = CandidateStream(RowReader(parts.records, split), plan, seed, every_step(rows))
     return lambda: put_rows(next(stream), parts.mesh)
 
 

@@ -1,10 +1,11 @@
-"""The candidate stream: N rows for every step, drawn by the plan, read ahead by Grain."""
+"""The candidate stream: the rows of every step, drawn by the plan, read ahead by Grain."""
 
 from collections.abc import Iterator
 
 import grain
 import numpy as np
 
+from opus_jax.data.buffers import Buffers
 from opus_jax.data.plan import Plan, rows_at
 from opus_jax.data.records import RowReader, batch_of
 from opus_jax.errors import UserError
@@ -18,18 +19,18 @@ class CandidateStream(Iterator[dict[str, np.ndarray]]):
     Row i of step t is a pure function of (seed, t, plan), so threads that read ahead cannot change it, and a stream
     opened at step t is the continuation of any other. A new plan means a new stream from its first step on.
 
-    A batch is a dict of arrays, here n = N / process_count rows: tokens int32[n, T], segment_ids int32[n, T],
+    A batch is a dict of arrays, here of n = N / process_count rows: tokens int32[n, T], segment_ids int32[n, T],
     loss_mask float32[n, T], example_id int32[n], domain_id int32[n], document_ids int64[n, S]. Process p has the
     rows p n to (p + 1) n - 1 of the global batch.
 
     Args:
-      rows: N, rows of a step over all processes.
+      buffers: how many rows each step takes.
       start_step: the first step delivered.
       threads: how many steps are read at the same time; 0 reads in the calling thread.
       ahead: how many steps may lie ready.
 
     Raises:
-      UserError: `rows` is not a multiple of `process_count`, or `start_step` lies before the plan.
+      UserError: a step's rows do not divide among the processes, or `start_step` lies before the plan.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class CandidateStream(Iterator[dict[str, np.ndarray]]):
         reader: RowReader,
         plan: Plan,
         seed: int,
-        rows: int,
+        buffers: Buffers,
         *,
         start_step: int = 0,
         process_index: int = 0,
@@ -45,15 +46,16 @@ class CandidateStream(Iterator[dict[str, np.ndarray]]):
         threads: int = 2,
         ahead: int = 4,
     ):
-        if rows % process_count:
-            raise UserError(
-                f"{rows} candidate rows (batch.rows / selection.ratio) do not divide among {process_count} processes"
-            )
-        if start_step < plan.first_step:
-            raise UserError(f"step {start_step} lies before the plan, which begins at step {plan.first_step}")
+        for rows in (buffers.candidates, buffers.batch):
+            if rows % process_count:
+                raise UserError(
+                    f"{rows} rows of a step (batch.rows, or that / selection.ratio) do not divide among "
+                    f"{process_count} processes"
+                )
+        if buffers.slots_before(start_step) < plan.first_slot:
+            raise UserError(f"step {start_step} lies before the plan, which begins at slot {plan.first_slot}")
         self.plan, self._start = plan, start_step
-        share = rows // process_count
-        steps = _Steps(reader, plan, seed, rows, start_step, slice(process_index * share, (process_index + 1) * share))
+        steps = _Steps(reader, plan, seed, buffers, start_step, process_index, process_count)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 0)
         self._iterator = iter(grain.MapDataset.source(steps).to_iter_dataset(options))
 
@@ -77,13 +79,18 @@ class CandidateStream(Iterator[dict[str, np.ndarray]]):
 class _Steps:
     """Grain's random-access source, one element for every step: a step's rows are read together."""
 
-    def __init__(self, reader: RowReader, plan: Plan, seed: int, rows: int, first: int, mine: slice):
-        self._reader, self._plan, self._seed = reader, plan, seed
-        self._rows, self._first, self._mine = rows, first, mine
+    def __init__(
+        self, reader: RowReader, plan: Plan, seed: int, buffers: Buffers, first: int, process: int, processes: int
+    ):
+        self._reader, self._plan, self._seed, self._buffers = reader, plan, seed, buffers
+        self._first, self._process, self._processes = first, process, processes
 
     def __len__(self) -> int:
         return _UNBOUNDED
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        wanted = rows_at(self._plan, self._seed, self._first + int(index), self._rows)
-        return batch_of(self._reader.read(wanted[self._mine]))
+        step = self._first + int(index)
+        rows = self._buffers.rows(step)
+        wanted = rows_at(self._plan, self._seed, self._buffers.slots_before(step), rows)
+        share = rows // self._processes
+        return batch_of(self._reader.read(wanted[self._process * share : (self._process + 1) * share]))

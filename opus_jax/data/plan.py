@@ -1,11 +1,11 @@
-"""What the candidate stream samples from, and the pure function from (plan, seed, step) to rows.
+"""What the candidate stream samples from, and the pure function from (plan, seed, slot) to a row.
 
-A plan changes only at fixed steps. It holds domain weights, how far each domain has been read, and, where documents
-have priorities, how often each row comes in one pass over its domain.
+The stream is a sequence of slots, one row each. A plan changes only at fixed steps. It holds domain weights, how far
+each domain has been read, and, where documents have priorities, how often each row comes in one pass over its domain.
 """
 
 import difflib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,13 +21,14 @@ from opus_jax.errors import ConfigError, UserError
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The stream from `first_step` on.
+    """The stream from `first_slot` on. Weights and priorities say what is wanted; the other fields, filled in by
+    `fitted` and `advance`, say what a corpus has and how far it was read.
 
     Attributes:
-      domain_weights: float64[G], shares of the candidates; their sum does not matter.
+      domain_weights: float64[G], shares of the slots; their sum does not matter.
       priorities: float32[documents] or None (all alike), by document id.
-      first_step: the first step that the plan is for.
-      drawn: int64[G], rows drawn from every domain before `first_step`.
+      first_slot: the first slot that the plan is for.
+      drawn: int64[G], rows drawn from every domain before `first_slot`.
       domain_rows: int64[G], rows that each domain has; those of domain g follow those of domain g - 1.
       epoch_origin: int64[G], the value of `drawn` at which the present order of a domain began. An order begins
         anew where `row_repeats` change for that domain, since its passes then have another length.
@@ -35,11 +36,11 @@ class Plan:
     """
 
     domain_weights: np.ndarray
-    priorities: np.ndarray | None
-    first_step: int
-    drawn: np.ndarray
-    domain_rows: np.ndarray
-    epoch_origin: np.ndarray
+    priorities: np.ndarray | None = None
+    first_slot: int = 0
+    drawn: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    domain_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    epoch_origin: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     row_repeats: np.ndarray | None = None
 
     def to_arrays(self) -> dict[str, np.ndarray]:
@@ -50,7 +51,7 @@ class Plan:
     @staticmethod
     def from_arrays(arrays: dict[str, np.ndarray]) -> "Plan":
         plain: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
-        return Plan(**{"priorities": None, **plain, "first_step": int(plain["first_step"])})
+        return Plan(**{"priorities": None, **plain, "first_slot": int(plain["first_slot"])})
 
     @cached_property
     def bounds(self) -> np.ndarray:
@@ -66,7 +67,7 @@ class Plan:
 
 
 def initial_plan(manifest: Manifest, config: Config) -> Plan:
-    """The plan of step 0: `corpus.weights` (domains it leaves out get nothing), or each domain by its rows.
+    """The first plan: `corpus.weights` (domains it leaves out get nothing), or each domain by its rows.
 
     Raises:
       ConfigError: `corpus.weights` names an unknown domain.
@@ -87,37 +88,48 @@ def initial_plan(manifest: Manifest, config: Config) -> Plan:
             )
     if not rows.sum():
         raise UserError("the corpus has no rows for training: add text, or lower corpus.row_tokens")
-    nothing = np.zeros(len(rows), np.int64)
-    return Plan(weights.astype(np.float64), None, 0, nothing, rows, nothing)
+    return fitted(Plan(weights.astype(np.float64)), rows)
+
+
+def fitted(plan: Plan, domain_rows: Int[np.ndarray, " G"], row_documents: Int[np.ndarray, "R S"] | None = None) -> Plan:
+    """A plan of weights and priorities alone, from slot 0 on, for a corpus with so many rows in every domain.
+
+    Raises:
+      UserError: weights or priorities do not fit the corpus.
+    """
+    domain_rows, nothing = np.asarray(domain_rows, np.int64), np.zeros(len(domain_rows), np.int64)
+    weights = _checked_weights(plan.domain_weights, domain_rows)
+    blank = Plan(weights, None, 0, nothing, domain_rows, nothing)
+    if plan.priorities is None:
+        return blank
+    return advance(blank, 0, priorities=plan.priorities, row_documents=row_documents)
 
 
 def advance(
     plan: Plan,
-    step: int,
-    rows: int,
+    slot: int,
     weights: Float[np.ndarray, " G"] | None = None,
     priorities: Float[np.ndarray, " documents"] | None = None,
     row_documents: Int[np.ndarray, "R S"] | None = None,
 ) -> Plan:
-    """The plan from `step` on; what each domain has had until then is carried over.
+    """The plan from `slot` on; what each domain has had until then is carried over.
 
     A row's priority is the mean over its documents. Within a domain, priorities are scaled to mean 1 and rounded
     systematically, so that a pass has as many draws as the domain has rows, equal priorities give every row exactly
-    once, and priority 0 means never. A domain whose repeats change starts a fresh pass at `step`; others go on.
+    once, and priority 0 means never. A domain whose repeats change starts a fresh pass at `slot`; others go on.
 
     Args:
-      rows: N, rows of a step over all processes.
       weights: new domain weights; None keeps the present ones.
       priorities: by document id, at least 0; None keeps the present ones.
       row_documents: the documents of every row (`RowReader.row_documents`), needed with priorities.
 
     Raises:
-      UserError: `step` lies before the plan, or weights or priorities are unusable.
+      UserError: `slot` lies before the plan, or weights or priorities are unusable.
     """
-    if step < plan.first_step:
-        raise UserError(f"a plan for step {step} cannot follow one that begins at step {plan.first_step}")
-    drawn = drawn_before(plan, step, rows)
-    following = replace(plan, first_step=step, drawn=drawn)
+    if slot < plan.first_slot:
+        raise UserError(f"a plan for slot {slot} cannot follow one that begins at slot {plan.first_slot}")
+    drawn = drawn_before(plan, slot)
+    following = replace(plan, first_slot=slot, drawn=drawn)
     if weights is not None:
         following = replace(following, domain_weights=_checked_weights(weights, plan.domain_rows))
     if priorities is None:
@@ -128,26 +140,23 @@ def advance(
     return replace(following, priorities=values, row_repeats=repeats, epoch_origin=origin)
 
 
-def drawn_before(plan: Plan, step: int, rows: int) -> Int[np.ndarray, " G"]:
-    """int64[G]: rows drawn from every domain before `step`, with `rows` in a step."""
-    passed = lattice.count_before(step * rows, plan.bounds) - lattice.count_before(plan.first_step * rows, plan.bounds)
+def drawn_before(plan: Plan, slot: int) -> Int[np.ndarray, " G"]:
+    """int64[G]: rows drawn from every domain before `slot`."""
+    passed = lattice.count_before(slot, plan.bounds) - lattice.count_before(plan.first_slot, plan.bounds)
     return plan.drawn + passed
 
 
-def rows_at(plan: Plan, seed: int, step: int, rows: int) -> Int[np.ndarray, " N"]:
-    """int64[N]: the row indices of one step, over all processes. Pure, and needs no earlier step.
-
-    Args:
-      rows: N, rows of a step.
+def rows_at(plan: Plan, seed: int, slot: int, count: int) -> Int[np.ndarray, " N"]:
+    """int64[N]: the row indices of the slots `slot` .. `slot + count - 1`. Pure, and needs no earlier slot.
 
     Raises:
-      UserError: `step` lies before the plan.
+      UserError: `slot` lies before the plan.
     """
-    if step < plan.first_step:
-        raise UserError(f"step {step} lies before the plan, which begins at step {plan.first_step}")
-    domains = lattice.domain_of(np.arange(step * rows, (step + 1) * rows, dtype=np.int64), plan.bounds)
-    drawn = drawn_before(plan, step, rows)
-    chosen = np.empty(rows, np.int64)
+    if slot < plan.first_slot:
+        raise UserError(f"slot {slot} lies before the plan, which begins at slot {plan.first_slot}")
+    domains = lattice.domain_of(np.arange(slot, slot + count, dtype=np.int64), plan.bounds)
+    drawn = drawn_before(plan, slot)
+    chosen = np.empty(count, np.int64)
     for domain in np.unique(domains):
         places = np.flatnonzero(domains == domain)
         chosen[places] = _domain_rows(plan, seed, int(domain), drawn[domain] + np.arange(len(places)))
@@ -191,10 +200,10 @@ def _row_repeats(priorities: np.ndarray, row_documents: np.ndarray | None, plan:
             raise UserError(
                 f"priorities of domain {domain} are all 0 but its weight is {weight:g}: set the weight to 0"
             )
-    return np.concatenate([_systematic(values, plan.first_step) for values in of_rows]).astype(np.int32)
+    return np.concatenate([_systematic(values, plan.first_slot) for values in of_rows]).astype(np.int32)
 
 
-def _systematic(values: Float[np.ndarray, " rows"], step: int) -> Int[np.ndarray, " rows"]:
+def _systematic(values: Float[np.ndarray, " rows"], slot: int) -> Int[np.ndarray, " rows"]:
     """Whole numbers near values / mean(values), with the same sum as there are values.
 
     The offset differs between plans, so that over plans every row gets its share. Rounding to 1e-9 keeps equal
@@ -202,7 +211,7 @@ def _systematic(values: Float[np.ndarray, " rows"], step: int) -> Int[np.ndarray
     """
     if not values.any():
         return np.zeros(len(values), np.int64)
-    offset = (step * lattice.STRIDE % lattice.MODULUS >> 12) / (lattice.MODULUS >> 12)
+    offset = (slot * lattice.STRIDE % lattice.MODULUS >> 12) / (lattice.MODULUS >> 12)
     cumulative = np.round(np.cumsum(values) / values.sum() * len(values), 9)
     cumulative[-1] = len(values)
     return np.diff(np.floor(cumulative + offset), prepend=np.floor(offset)).astype(np.int64)

@@ -4,7 +4,7 @@ import numpy as np
 
 from opus_jax.config import Config
 from opus_jax.data.documents import require_known
-from opus_jax.data.plan import Plan
+from opus_jax.data.plan import Plan, fitted
 from opus_jax.data.records import Manifest
 from opus_jax.errors import UserError
 
@@ -29,8 +29,7 @@ def proxy_plan(manifest: Manifest, config: Config) -> Plan:
             f"proxy.domains = {counted}: no proxy rows; raise corpus.proxy_share = {config.corpus.proxy_share}, "
             "lower corpus.row_tokens, or choose larger domains"
         )
-    nothing = np.zeros(len(counts), np.int64)
-    return Plan(weights, None, 0, nothing, counts, nothing)
+    return fitted(Plan(weights), counts)
 
 
 def target_domains(manifest: Manifest, config: Config) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from opus_jax.config import Config
+from opus_jax.data.buffers import every_step
 from opus_jax.data.candidates import CandidateStream
 from opus_jax.data.plan import Plan
 from opus_jax.data.records import RowReader
@@ -186,7 +187,7 @@ class _Proxies:
 
 def _stream(parts: Parts, split: str, plan: Plan, rows: int, start: int) -> CandidateStream:
     return CandidateStream(
-        RowReader(parts.records, split), plan, parts.config.run.seed, rows,
+        RowReader(parts.records, split), plan, parts.config.run.seed, every_step(rows),
         start_step=start, process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ import pytest
 from small_corpus import prepare_small, small_config
 
 from opus_jax.data.candidates import CandidateStream
+from opus_jax.data.buffers import Buffers, every_step
 from opus_jax.data.plan import advance, initial_plan, rows_at
 from opus_jax.data.records import Manifest, RowReader
 from opus_jax.errors import UserError
@@ -42,8 +43,8 @@ def same(first, second):
 
 
 def test_batches_hold_the_rows_of_their_step(reader, plan):
-    for step, batch in enumerate(take(CandidateStream(reader, plan, SEED, N), 5)):
-        rows = rows_at(plan, SEED, step, N)
+    for step, batch in enumerate(take(CandidateStream(reader, plan, SEED, every_step(N)), 5)):
+        rows = rows_at(plan, SEED, step * N, N)
         assert np.array_equal(batch["example_id"], rows)
         for i, row in enumerate(rows):
             record = reader[int(row)]
@@ -51,7 +52,7 @@ def test_batches_hold_the_rows_of_their_step(reader, plan):
 
 
 def test_shapes_and_types_are_those_the_step_expects(reader, plan):
-    (batch,) = take(CandidateStream(reader, plan, SEED, N), 1)
+    (batch,) = take(CandidateStream(reader, plan, SEED, every_step(N)), 1)
     shapes = {name: (value.dtype.name, value.shape) for name, value in batch.items()}
     assert shapes == {
         "tokens": ("int32", (N, 64)),
@@ -66,39 +67,41 @@ def test_shapes_and_types_are_those_the_step_expects(reader, plan):
 
 @pytest.mark.parametrize("threads", [0, 1, 4])
 def test_threads_that_read_ahead_change_nothing(reader, plan, threads):
-    expected = take(CandidateStream(reader, plan, SEED, N, threads=0), 12)
-    assert same(take(CandidateStream(reader, plan, SEED, N, threads=threads, ahead=7), 12), expected)
+    expected = take(CandidateStream(reader, plan, SEED, every_step(N), threads=0), 12)
+    assert same(take(CandidateStream(reader, plan, SEED, every_step(N), threads=threads, ahead=7), 12), expected)
 
 
 def test_four_processes_see_what_one_sees(reader, plan):
-    whole = take(CandidateStream(reader, plan, SEED, N), 6)
-    parts = [take(CandidateStream(reader, plan, SEED, N, process_index=p, process_count=4), 6) for p in range(4)]
+    whole = take(CandidateStream(reader, plan, SEED, every_step(N)), 6)
+    parts = [
+        take(CandidateStream(reader, plan, SEED, every_step(N), process_index=p, process_count=4), 6) for p in range(4)
+    ]
     joined = [{k: np.concatenate([part[t][k] for part in parts]) for k in whole[t]} for t in range(6)]
     assert same(joined, whole)
 
 
 def test_a_stream_opened_at_a_step_is_the_continuation(reader, plan):
-    stream = CandidateStream(reader, plan, SEED, N)
+    stream = CandidateStream(reader, plan, SEED, every_step(N))
     for _ in range(4):
         next(stream)
     assert stream.state() == {"step": 4}  # although more lie ready
     rest = take(stream, 5)
-    resumed = CandidateStream(reader, plan, SEED, N, start_step=4)
+    resumed = CandidateStream(reader, plan, SEED, every_step(N), start_step=4)
     assert resumed.step == 4
     assert same(take(resumed, 5), rest)
 
 
 def test_a_new_plan_is_a_new_stream_from_its_boundary(reader, plan):
-    later = advance(plan, 6, N, weights=np.array([1.0, 0.0, 0.0]))
-    stream = CandidateStream(reader, later, SEED, N, start_step=6)
+    later = advance(plan, 6 * N, weights=np.array([1.0, 0.0, 0.0]))
+    stream = CandidateStream(reader, later, SEED, every_step(N), start_step=6)
     assert all((batch["domain_id"] == 0).all() for batch in take(stream, 4))
-    with pytest.raises(UserError, match="begins at step 6"):
-        CandidateStream(reader, later, SEED, N, start_step=5)
+    with pytest.raises(UserError, match="begins at slot 48"):
+        CandidateStream(reader, later, SEED, every_step(N), start_step=5)
 
 
 def test_rows_must_divide_among_processes(reader, plan):
-    with pytest.raises(UserError, match=r"8 candidate rows .* 3 processes"):
-        CandidateStream(reader, plan, SEED, N, process_count=3)
+    with pytest.raises(UserError, match=r"8 rows of a step .* 3 processes"):
+        CandidateStream(reader, plan, SEED, every_step(N), process_count=3)
 
 
 def test_it_works_where_nothing_has_parsed_flags(folder, tmp_path):
@@ -106,11 +109,27 @@ def test_it_works_where_nothing_has_parsed_flags(folder, tmp_path):
     script = f"""
 from opus_jax.config import Config
 from opus_jax.data.candidates import CandidateStream
+from opus_jax.data.buffers import every_step
 from opus_jax.data.plan import initial_plan
 from opus_jax.data.records import Manifest, RowReader
 plan = initial_plan(Manifest.load({str(folder)!r}), Config())
-print(next(CandidateStream(RowReader({str(folder)!r}, "train"), plan, 0, 4))["tokens"].shape)
+print(next(CandidateStream(RowReader({str(folder)!r}, "train"), plan, 0, every_step(4)))["tokens"].shape)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "(4, 64)"
     assert done.stderr == ""
+
+
+def test_steps_that_do_not_choose_take_fewer_rows_and_leave_no_gap(reader, plan):
+    buffers = Buffers(candidates=8, batch=2, first=3, every=2)
+    assert [buffers.rows(step) for step in range(8)] == [2, 2, 2, 8, 2, 8, 2, 8]
+    assert [buffers.slots_before(step) for step in range(8)] == [0, 2, 4, 6, 14, 16, 24, 26]
+    batches = take(CandidateStream(reader, plan, SEED, buffers), 8)
+    ids = np.concatenate([batch["example_id"] for batch in batches])
+    assert np.array_equal(ids, rows_at(plan, SEED, 0, 34))
+
+
+@pytest.mark.parametrize("buffers", [Buffers(12, 4, 5, 3), Buffers(6, 6), Buffers(9, 3, 0, 1), Buffers(9, 3, 40, 7)])
+def test_slots_are_the_rows_of_all_earlier_steps(buffers):
+    for step in range(60):
+        assert buffers.slots_before(step) == sum(buffers.rows(earlier) for earlier in range(step))

@@ -18,7 +18,7 @@ def plan_of(weights, rows, **changes):
 
 
 def stream(plan, steps, seed=0):
-    return np.concatenate([rows_at(plan, seed, t, N) for t in steps])
+    return np.concatenate([rows_at(plan, seed, t * N, N) for t in steps])
 
 
 def domains(rows, plan):
@@ -42,28 +42,28 @@ def test_domain_shares_are_exact_up_to_a_few_rows_at_any_time():
     for steps in (1, 7, 50):
         counts = np.bincount(domains(stream(plan, range(steps)), plan), minlength=3)
         assert np.abs(counts - steps * N * np.array([5, 0, 1.5]) / 6.5).max() < 3
-        assert np.array_equal(counts, drawn_before(plan, steps, N))
+        assert np.array_equal(counts, drawn_before(plan, steps * N))
 
 
 def test_a_step_needs_no_earlier_step_and_depends_on_the_seed():
     plan = plan_of([3, 1], [40, 7])
-    late = rows_at(plan, 0, 10**9, N)
-    assert np.array_equal(late, rows_at(plan, 0, 10**9, N))
-    assert not np.array_equal(late, rows_at(plan, 1, 10**9, N))
-    assert not np.array_equal(late, rows_at(plan, 0, 10**9 + 1, N))
+    late = rows_at(plan, 0, 10**9 * N, N)
+    assert np.array_equal(late, rows_at(plan, 0, 10**9 * N, N))
+    assert not np.array_equal(late, rows_at(plan, 1, 10**9 * N, N))
+    assert not np.array_equal(late, rows_at(plan, 0, (10**9 + 1) * N, N))
 
 
 def test_advancing_without_change_changes_nothing():
     plan = plan_of([3, 1, 2], [40, 7, 100])
-    later = advance(advance(plan, 5, N), 13, N)
-    assert later.first_step == 13
-    assert np.array_equal(later.drawn, drawn_before(plan, 13, N))
+    later = advance(advance(plan, 5 * N), 13 * N)
+    assert later.first_slot == 13 * N
+    assert np.array_equal(later.drawn, drawn_before(plan, 13 * N))
     assert np.array_equal(stream(later, range(13, 60)), stream(plan, range(13, 60)))
 
 
 def test_new_weights_hold_from_the_boundary_and_epochs_go_on():
     plan = plan_of([1, 1], [30, 1000])
-    later = advance(plan, 4, N, weights=np.array([0.1, 0.9]))
+    later = advance(plan, 4 * N, weights=np.array([0.1, 0.9]))
     rows = np.concatenate([stream(plan, range(4)), stream(later, range(4, 9))])
     own = rows[rows < 30]
     assert len(set(own.tolist())) == min(len(own), 30) == 30
@@ -78,7 +78,7 @@ def test_priorities_set_how_often_rows_come():
     priorities = np.ones(100, np.float32)
     priorities[:10] = 0.0
     priorities[[10, 11]] = 0.0, 6.0
-    later = advance(plan, 3, N, priorities=priorities, row_documents=documents)
+    later = advance(plan, 3 * N, priorities=priorities, row_documents=documents)
     assert later.row_repeats[:50].sum() == later.row_repeats[50:].sum() == 50
     assert not later.row_repeats[:10].any()
     scale = 50 / (38 + 3 + 6)
@@ -93,7 +93,7 @@ def test_over_many_plans_every_row_gets_its_share():
     plan = plan_of([1], [40])
     priorities = np.linspace(0.2, 1.8, 40).astype(np.float32)
     documents = np.arange(40)[:, None]
-    repeats = [advance(plan, s, N, priorities=priorities, row_documents=documents).row_repeats for s in range(200)]
+    repeats = [advance(plan, s * N, priorities=priorities, row_documents=documents).row_repeats for s in range(200)]
     assert np.abs(np.mean(repeats, 0) - priorities).max() < 0.03
 
 
@@ -102,12 +102,12 @@ def test_a_domain_whose_priorities_stay_goes_on_and_another_starts_afresh():
     documents = np.arange(120)[:, None]
     priorities = np.ones(120, np.float32)
     priorities[60] = 5.0
-    later = advance(plan, 4, N, priorities=priorities, row_documents=documents)
+    later = advance(plan, 4 * N, priorities=priorities, row_documents=documents)
     assert later.epoch_origin.tolist() == [0, later.drawn[1]]
     before, after = stream(plan, range(4, 8)), stream(later, range(4, 8))
     assert np.array_equal(before[before < 60], after[after < 60])
     assert not np.array_equal(before[before >= 60], after[after >= 60])
-    again = advance(later, 6, N, priorities=priorities * 3, row_documents=documents)
+    again = advance(later, 6 * N, priorities=priorities * 3, row_documents=documents)
     assert again.epoch_origin[0] == 0
 
 
@@ -116,20 +116,20 @@ def test_equal_priorities_are_no_priorities(value):
     plan = plan_of([1, 2], [997, 1003])
     documents = np.arange(2000)[:, None]
     for step in (0, 3, 1000):
-        later = advance(plan, step, N, priorities=np.full(2000, value, np.float32), row_documents=documents)
+        later = advance(plan, step * N, priorities=np.full(2000, value, np.float32), row_documents=documents)
         assert (later.row_repeats == 1).all()
-        assert np.array_equal(rows_at(later, 0, step + 2, N), rows_at(plan, 0, step + 2, N))
+        assert np.array_equal(rows_at(later, 0, (step + 2) * N, N), rows_at(plan, 0, (step + 2) * N, N))
 
 
 def test_a_plan_survives_the_checkpoint():
     plan = plan_of([3, 1], [40, 7])
     priorities = np.linspace(0, 2, 47).astype(np.float32)
-    for original in (plan, advance(plan, 9, N, priorities=priorities, row_documents=np.arange(47)[:, None])):
+    for original in (plan, advance(plan, 9 * N, priorities=priorities, row_documents=np.arange(47)[:, None])):
         arrays = original.to_arrays()
         assert all(isinstance(a, np.ndarray) for a in arrays.values())
         again = Plan.from_arrays(arrays)
         assert np.array_equal(stream(again, range(9, 30)), stream(original, range(9, 30)))
-        assert isinstance(again.first_step, int)
+        assert isinstance(again.first_slot, int)
         assert (again.priorities is None) == (original.priorities is None)
 
 
@@ -148,20 +148,20 @@ def test_a_plan_survives_the_checkpoint():
 )
 def test_unusable_changes_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        advance(plan_of([3, 1], [40, 7]), 2, N, **changes)
+        advance(plan_of([3, 1], [40, 7]), 2 * N, **changes)
 
 
-def test_steps_before_the_plan_are_refused():
-    later = advance(plan_of([3, 1], [40, 7]), 5, N)
-    with pytest.raises(UserError, match="begins at step 5"):
-        rows_at(later, 0, 4, N)
-    with pytest.raises(UserError, match="begins at step 5"):
-        advance(later, 4, N)
+def test_slots_before_the_plan_are_refused():
+    later = advance(plan_of([3, 1], [40, 7]), 5 * N)
+    with pytest.raises(UserError, match="begins at slot 60"):
+        rows_at(later, 0, 4 * N, N)
+    with pytest.raises(UserError, match="begins at slot 60"):
+        advance(later, 4 * N)
 
 
 def test_a_weight_on_a_domain_without_rows_is_refused():
     with pytest.raises(UserError, match="has no rows"):
-        advance(plan_of([3, 0], [40, 0]), 2, N, weights=np.array([1.0, 1.0]))
+        advance(plan_of([3, 0], [40, 0]), 2 * N, weights=np.array([1.0, 1.0]))
 
 
 @pytest.fixture(scope="module")
