@@ -89,7 +89,7 @@ def word_hashes(texts: Sequence[str]) -> tuple[UInt64[np.ndarray, " words"], Int
     powers, inverses = _power_tables(max(raw.size, 1))
     prefix = np.zeros(raw.size + 1, np.uint64)
     np.cumsum((raw + np.uint64(1)) * powers[: raw.size], out=prefix[1:])
-    hashes = _mix((prefix[ends] - prefix[starts]) * inverses[starts])
+    hashes = mix((prefix[ends] - prefix[starts]) * inverses[starts])
     text_ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
     return hashes, np.searchsorted(text_ends, starts, side="right")
 
@@ -122,7 +122,7 @@ def _power_tables(size: int) -> tuple[np.ndarray, np.ndarray]:
     return _tables_up_to(1 << (size - 1).bit_length())
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser: spreads every bit of a hash over all 64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
