@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from opus_jax.config import Config
 from opus_jax.data.documents import Corpus, Document
 from opus_jax.data.documents_table import iterate_texts, read_columns, write_documents
 from opus_jax.data.packing import segments_per_row
+from opus_jax.data.progress import progress_bar
 from opus_jax.data.record_writer import TokenizedDocuments, WrittenSplit, write_split
 from opus_jax.data.records import FORMAT_VERSION, SPLITS, Counts, Manifest, sha256
 from opus_jax.data.splits import PROXY_FILES, split_documents
@@ -31,7 +31,7 @@ def build_records(
     """
     names = [domain.name for domain in corpus.domains] + [PROXY_FILES] * bool(proxy)
     licences = [domain.licence for domain in corpus.domains] + ["the user's own files"] * bool(proxy)
-    with _progress_bar(progress) as bar:
+    with progress_bar(progress) as bar:
         placed, removed = split_documents(corpus, config.corpus, proxy)
         write_documents(bar.track(placed, total=None, description="reading documents"), licences, folder)
         tokenizer = _make_tokenizer(config, folder, bar)
@@ -65,11 +65,6 @@ def build_records(
             details=details,
             **counts,
         )
-
-
-def _progress_bar(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)
 
 
 def _make_tokenizer(config: Config, folder: Path, bar: Progress) -> Tokenizer:

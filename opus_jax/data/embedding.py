@@ -52,11 +52,8 @@ def load_embedder(name: str, key: str = "proxy.embedder") -> Embedder:
     def embed(texts: Sequence[str]) -> np.ndarray:
         rows = np.asarray(function([text[:EMBEDDED_CHARACTERS] for text in texts]), np.float32)
         if rows.ndim != 2 or len(rows) != len(texts) or not np.isfinite(rows).all():
-            raise ConfigError(
-                key,
-                name,
-                f"must give finite numbers of shape [{len(texts)}, D] for {len(texts)} texts; gave {rows.shape}",
-            )
+            wanted = f"finite numbers of shape [{len(texts)}, D] for {len(texts)} texts"
+            raise ConfigError(key, name, f"must give {wanted}; it gave {rows.shape}")
         return _unit(rows)
 
     return embed

@@ -24,7 +24,8 @@ def text(kind: str, seed: int, words: int = 80) -> str:
 
 def test_rows_are_unit_vectors_one_for_each_text():
     rows = hashing_embedder(64)(["a few words", "", "x", "日本語のテキスト", " \n"])
-    assert rows.shape == (5, 64) and rows.dtype == np.float32
+    assert rows.shape == (5, 64)
+    assert rows.dtype == np.float32
     assert np.allclose(np.linalg.norm(rows, axis=1), [1, 0, 1, 1, 0], atol=1e-6)
     assert hashing_embedder()([]).shape == (0, 256)
 
@@ -59,7 +60,8 @@ def test_kinds_of_text_are_told_apart():
     np.fill_diagonal(alike, -1)
     assert all(names[i] == names[j] for i, j in enumerate(alike.argmax(1)))
     same = np.equal.outer(names, names)
-    assert alike[same & (alike > -1)].mean() > 0.3 and alike[~same].mean() < 0
+    assert alike[same & (alike > -1)].mean() > 0.3
+    assert alike[~same].mean() < 0
 
 
 def test_two_megabytes_a_second():
@@ -77,7 +79,8 @@ def test_only_the_beginning_of_a_text_is_embedded():
     embed = load_embedder("hashing")
     start = "word " * (EMBEDDED_CHARACTERS // 5 + 1)
     longer, same, other = embed([start + "tail", start + "another", "tail " + start])
-    assert np.array_equal(longer, same) and not np.array_equal(longer, other)
+    assert np.array_equal(longer, same)
+    assert not np.array_equal(longer, other)
 
 
 def test_an_embedder_of_ones_own(monkeypatch, tmp_path):
