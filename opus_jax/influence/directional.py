@@ -1,20 +1,23 @@
 """Utilities as directional derivatives: one forward-mode pass over the candidates, and no per-example gradients.
 
 <grad loss_i, v> is the derivative of example i's loss along v, so `jax.jvp` of the vector of losses gives every
-utility at once: about three forward passes of arithmetic, the memory of a forward pass, and no sketch.
+utility at once: about three forward passes of arithmetic, the memory of a forward pass, and no sketch. The same
+derivative by central differences costs two forward passes and needs no derivative rule at all.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from opus_jax.errors import UserError
 from opus_jax.influence.chunks import map_chunks
+from opus_jax.influence.slopes import NoForwardRule, difference_slope, exact_slope
 
-METHODS = ("jvp",)
+METHODS = ("jvp", "difference")
 
 Params = PyTree[Any]
 Batch = PyTree[Any]  # leaves with the candidates on their first axis
@@ -29,15 +32,16 @@ def utilities(
     method: str = "jvp",
     chunk: int | None = None,
 ) -> Float[Array, " N"]:
-    """Utility of every candidate, <grad loss_i, v>, exact to rounding.
+    """Utility of every candidate, <grad loss_i, v>.
 
     Args:
-      loss_fn: `loss_fn(params, batch) -> [N]`, one loss per candidate (nats per target token), made of operations
-        with forward-mode rules: no `custom_vjp`.
+      loss_fn: `loss_fn(params, batch) -> [N]`, one loss per candidate (nats per target token), traceable by JAX.
       params: where the gradients are taken.
       direction: v, a tree like the parameters, from `opus_jax.direction`.
       batch: any pytree of arrays with N first.
-      method: 'jvp'.
+      method: 'jvp', exact to rounding; 'difference', central differences over a thousandth of the parameters' norm
+        (approximate; see `slopes`). A loss with a `custom_vjp` on the way of v, such as a hand-written attention
+        kernel, has no forward-mode rule: then 'jvp' takes differences by itself and logs a warning, once.
       chunk: candidates at a time; None = all. Must divide N.
 
     Returns:
@@ -45,7 +49,8 @@ def utilities(
 
     Raises:
       ValueError: the method does not exist.
-      UserError: `chunk` does not divide N.
+      UserError: `chunk` does not divide N, the direction is no tree like the parameters, or differences are taken of
+        parameters narrower than float32.
     """
     return _derivative(loss_fn, params, direction, batch, method, chunk)
 
@@ -105,10 +110,16 @@ def _derivative(
         raise ValueError(f"method = {method!r}: must be one of {', '.join(METHODS)}")
     if jax.tree.structure(direction) != jax.tree.structure(params):  # type: ignore[operator]
         raise UserError("the direction is not a tree like the parameters: take it from opus_jax.direction")
-    tangent = jax.tree.map(lambda v, p: v.astype(p.dtype), direction, params)
+    if method == "jvp":
+        try:
+            return map_chunks(exact_slope(function, params, direction), batch, chunk)
+        except NoForwardRule:
+            _say_differences()
+    return map_chunks(difference_slope(function, params, direction), batch, chunk)
 
-    def along(rows: Batch) -> Array:
-        values = jax.jvp(lambda p: function(p, rows), (params,), (tangent,))[1]
-        return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
-    return map_chunks(along, batch, chunk)
+@functools.cache
+def _say_differences() -> None:
+    logging.getLogger("opus_jax").warning(
+        "the loss holds a custom_vjp, which has no forward-mode rule: utilities are central differences, approximate"
+    )

@@ -104,8 +104,8 @@ def test_bfloat16_losses_give_float32_utilities(mlp):
 
 def test_mistakes_are_named(mlp):
     loss, params, v, batch = mlp
-    with pytest.raises(ValueError, match="must be one of jvp"):
-        utilities(loss, params, v, batch, method="difference")
+    with pytest.raises(ValueError, match="must be one of jvp, difference"):
+        utilities(loss, params, v, batch, method="forward")
     with pytest.raises(UserError, match="chunk = 5 does not divide the 16 rows"):
         utilities(loss, params, v, batch, chunk=5)
     with pytest.raises(UserError, match="not a tree like the parameters"):
