@@ -1,13 +1,13 @@
 """What the charts of the report have in common: size, colours, labels, and the words around a figure."""
 
-import html
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
-from opus_jax.reports.run import Series
+from opus_jax.reports.escape import escape
+from opus_jax.reports.series import Series
 
 POINTS = 400  # of one line, at most
 DOMAINS = 10  # of one chart, at most
@@ -36,6 +36,11 @@ class Chart:
     wide: bool = False
 
 
+def drawn(*charts: Chart | None) -> list[Chart]:
+    """Those of the charts that have something to show."""
+    return [chart for chart in charts if chart is not None]
+
+
 def thin(series: Series, points: int = POINTS) -> tuple[np.ndarray, list[float]]:
     """(steps, values): at most `points` means over equal numbers of neighbours; NaN stays only where all are NaN."""
     if len(series.steps) <= points:
@@ -48,7 +53,7 @@ def thin(series: Series, points: int = POINTS) -> tuple[np.ndarray, list[float]]
 
 def label(name: str, limit: int = LABEL) -> str:
     """A name as plotly shall show it: shortened, and its markup as plain characters (plotly reads some HTML)."""
-    return html.escape(name if len(name) <= limit else name[: limit - 1] + "…")
+    return escape(name if len(name) <= limit else name[: limit - 1] + "…")
 
 
 def name_axes(figure: go.Figure, x: str, y: str) -> None:

@@ -8,8 +8,9 @@ import plotly.graph_objects as go
 from jaxtyping import Float64
 
 from opus_jax.reports.chart import COLOURS, DOMAINS, Chart, label, name_axes, ratio, rounded, thin
-from opus_jax.reports.run import Run, Series
+from opus_jax.reports.run import Run
 from opus_jax.reports.selection_reader import Z_EDGES, SelectionSummary
+from opus_jax.reports.series import Series
 
 BANDS = 4  # more of them hide each other
 
@@ -49,7 +50,7 @@ def preference_chart(run: Run, summary: SelectionSummary) -> Chart | None:
     figure.add_vline(x=1, line={"width": 1, "dash": "dot", "color": "#888"})
     name_axes(figure, "selected share / offered share", "")
     figure.update_layout(showlegend=False)
-    figure.update_yaxes(automargin=True)
+    figure.update_yaxes(automargin=True, type="category")
     return Chart("preference", "What was preferred", "Over the whole run; 1 = as often as it was offered.", figure)
 
 
@@ -108,9 +109,7 @@ def spread_chart(run: Run) -> Chart | None:
     figure.update_layout(showlegend=False)
     figure.update_yaxes(type="log", tickformat="~g")
     caption = "Before the z-score. Where it falls towards 0, rows hardly differ and choosing among them buys little."
-    return Chart(
-        "spread", f"Spread of the raw {'losses' if run.method == 'high_loss' else 'utilities'}", caption, figure
-    )
+    return Chart("spread", f"Spread of the raw {'losses' if run.scores_are_losses else 'utilities'}", caption, figure)
 
 
 def z_quantile(counts: np.ndarray, share: float) -> Float64[np.ndarray, " P"]:
@@ -141,4 +140,4 @@ def _largest(domains: Sequence[str], offered: np.ndarray) -> list[_Group]:
 
 
 def _score(run: Run) -> str:
-    return "Loss of rows" if run.method == "high_loss" else "Utility"
+    return "Loss of rows" if run.scores_are_losses else "Utility"

@@ -1,6 +1,5 @@
-"""From rows of the selection log to texts that people can read, each with where it came from."""
+"""From rows of the selection log, and documents of a plan, to texts that people can read, each with its origin."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,10 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from opus_jax.data.records import DOCUMENTS_FILE, Manifest, RowReader
+from opus_jax.data.records import DOCUMENTS_FILE, RowReader
 from opus_jax.data.tokenizer import Tokenizer, load_tokenizer
-from opus_jax.errors import UserError
-from opus_jax.reports.run import Run
+from opus_jax.reports.decisions import StoppedDocument
 from opus_jax.reports.selection_reader import Extreme
-from opus_jax.training.run_folder import RECORDS
 
 
 @dataclass(frozen=True)
@@ -36,22 +33,12 @@ class Example:
     segments: tuple[Segment, ...]
 
 
-def records_folder(run: Run) -> Path:
-    """The prepared corpus that the run was trained on.
+@dataclass(frozen=True)
+class Excerpt:
+    """The beginning of a document that the stream offers less than at first."""
 
-    Raises:
-      UserError: it is not on this machine, or its place now holds another corpus.
-    """
-    file = run.folder / RECORDS
-    try:
-        named = json.loads(file.read_text())
-        folder, fingerprint = Path(named["folder"]), named["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{run.folder} does not say which prepared corpus it read ({RECORDS} is absent)") from None
-    manifest = Manifest.load(folder)
-    if manifest.fingerprint != fingerprint:
-        raise UserError(f"{folder} now holds another corpus ({manifest.fingerprint}; the run read {fingerprint})")
-    return folder
+    stopped: StoppedDocument
+    segment: Segment
 
 
 def read_examples(records: Path, found: Sequence[Extreme]) -> list[Example]:
@@ -69,6 +56,20 @@ def read_examples(records: Path, found: Sequence[Extreme]) -> list[Example]:
     return [Example(extreme, _segments(row, tokenizer, documents)) for extreme, row in zip(found, rows, strict=True)]
 
 
+def read_excerpts(records: Path, found: Sequence[StoppedDocument], characters: int = 600) -> list[Excerpt]:
+    """The first `characters` of documents, in the order asked for; those that the corpus lacks are left out."""
+    documents = _documents(records, np.array([stopped.document_id for stopped in found], np.int64), "text")
+    return [
+        Excerpt(stopped, Segment(_beginning(line["text"], characters), line["source"], line["licence"], line["noise"]))
+        for stopped in found
+        if (line := documents.get(stopped.document_id)) is not None
+    ]
+
+
+def _beginning(text: str, characters: int) -> str:
+    return text if len(text) <= characters else f"{text[:characters]} …"
+
+
 def _segments(row: np.void, tokenizer: Tokenizer, documents: dict[int, dict[str, Any]]) -> tuple[Segment, ...]:
     segments = []
     for place in range(int(row["segment_ids"].max())):
@@ -78,9 +79,9 @@ def _segments(row: np.void, tokenizer: Tokenizer, documents: dict[int, dict[str,
     return tuple(segments)
 
 
-def _documents(records: Path, ids: np.ndarray) -> dict[int, dict[str, Any]]:
-    """Source, licence and noise of some documents; the texts of the others are never read."""
-    names = ["document_id", "source", "licence", "noise"]
+def _documents(records: Path, ids: np.ndarray, *more: str) -> dict[int, dict[str, Any]]:
+    """Source, licence and noise of some documents, and more columns; those of the others are never kept."""
+    names = ["document_id", "source", "licence", "noise", *more]
     table = ds.dataset(str(records / DOCUMENTS_FILE), format="parquet")
     wanted = table.to_table(columns=names, filter=pc.field("document_id").isin(ids.tolist()))
     return {row["document_id"]: row for row in wanted.to_pylist()}

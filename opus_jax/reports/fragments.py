@@ -1,10 +1,11 @@
 """Tables and texts of the report. Whatever comes from outside is escaped here."""
 
-import html
-import unicodedata
+import math
 from collections.abc import Callable, Sequence
 
-from opus_jax.reports.examples import Example, Segment
+from opus_jax.reports.decisions import ClusterPlan
+from opus_jax.reports.escape import escape
+from opus_jax.reports.examples import Example, Excerpt, Segment
 from opus_jax.reports.numbers import duration, percent, readable
 from opus_jax.reports.run import Run
 from opus_jax.reports.selection_reader import SelectionSummary
@@ -21,11 +22,6 @@ _MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "tokens_per_second": ("Tokens per second", readable),
     "parameters": ("Parameters", readable),
 }
-
-
-def escape(text: str) -> str:
-    """Text for the page: no markup, and controls that do not break lines as visible symbols."""
-    return html.escape("".join(map(_visible, text)))
 
 
 def run_table(runs: Sequence[Run]) -> str:
@@ -61,13 +57,43 @@ def example_cards(heading: str, examples: Sequence[Example], domains: Sequence[s
     return f"<div><h3>{escape(heading)}</h3>{''.join(_card(example, domains) for example in examples)}</div>"
 
 
+def cluster_table(caption: str, clusters: Sequence[ClusterPlan]) -> str:
+    """One row for each cluster: its words, its share of the stream at first and now, and what it is worth."""
+    heads = ["Cluster", "rows", "share at first", "share now", "mean z-score"]
+    rows = [
+        [
+            escape(f"{c.label} ({c.place})"), f"{c.rows:,}", percent(c.base_share), percent(c.share),
+            _estimate(c.worth.mean, c.worth.standard_error),
+        ]
+        for c in clusters
+    ]  # fmt: skip
+    return _table(escape(caption), heads, rows)
+
+
+def excerpt_cards(heading: str, excerpts: Sequence[Excerpt]) -> str:
+    """Beginnings of documents, each with its domain, source, licence and what is left of its share."""
+    cards = "".join(map(_excerpt_card, excerpts))
+    return f'<h3 class="cards-heading">{escape(heading)}</h3><div class="cards">{cards}</div>'
+
+
+def _excerpt_card(excerpt: Excerpt) -> str:
+    stopped = excerpt.stopped
+    facts = f"document {stopped.document_id}, now at {percent(stopped.share_ratio)} of its first share"
+    return _article(stopped.domain, facts, _segment(excerpt.segment, first=True))
+
+
 def _card(example: Example, domains: Sequence[str]) -> str:
     found = example.found
     fate = "trained on" if found.selected else "left out"
     facts = f"z {found.z:+.2f}, utility {found.utility:.3g}, step {found.step}, row {found.example_id}, {fate}"
     segments = "".join(_segment(segment, first=i == 0) for i, segment in enumerate(example.segments))
+    return _article(domains[found.domain_id], facts, segments)
+
+
+def _article(heading: str, facts: str, segments: str) -> str:
+    """The segments are markup already."""
     return (
-        f'<article><h4>{escape(domains[found.domain_id])}</h4><p class="soft">{escape(facts)}</p>'
+        f'<article><h4>{escape(heading)}</h4><p class="soft">{escape(facts)}</p>'
         f'<div class="segments" tabindex="0">{segments}</div></article>'
     )
 
@@ -107,6 +133,12 @@ def _bits(run: Run, domain: str) -> float | None:
     return series.last if series else None
 
 
+def _estimate(mean: float, error: float) -> str:
+    if not math.isfinite(mean):
+        return "–"
+    return f"{mean:+.2f} ± {error:.2f}" if math.isfinite(error) else f"{mean:+.2f}"
+
+
 def _share(counts: Sequence[int], place: int) -> str:
     return percent(counts[place] / sum(counts)) if sum(counts) else "–"
 
@@ -121,13 +153,3 @@ def _change(ours: float | None, theirs: float | None) -> str:
 
 def _cell(value: float | None, show: Callable[[float], str]) -> str:
     return "–" if value is None else escape(show(value))
-
-
-def _visible(character: str) -> str:
-    if character in "\n\t":
-        return character
-    code = ord(character)
-    if code < 32:
-        return chr(0x2400 + code)
-    # Invisible characters that reorder or hide text would make it read as something it is not.
-    return f"[U+{code:04X}]" if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") else character

@@ -20,7 +20,7 @@
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: ink, size: 12, family: getComputedStyle(document.body).fontFamily },
       hoverlabel: { bgcolor: paper, font: { color: ink } },
-      hovermode: given.showlegend === false ? "closest" : "x unified",
+      hovermode: given.hovermode || (given.showlegend === false ? "closest" : "x unified"),
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: ink },
       margin: { l: 56, r: 14, t: 12, b: 44 },
       legend,

@@ -1,28 +1,37 @@
 """Charts of what runs reached and what they cost, several runs side by side."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import plotly.graph_objects as go
 
 from opus_jax.reports.chart import COLOURS, DOMAINS, Chart, label, name_axes, thin
-from opus_jax.reports.run import Run, Series
+from opus_jax.reports.run import Run
+from opus_jax.reports.series import Series
 
-AXES = {"update tokens": "update_tokens", "seen tokens": "seen_tokens", "FLOPs": "flops"}
+AXES = {
+    "update tokens": "update_tokens",
+    "seen tokens": "seen_tokens",
+    "FLOPs": "flops",
+    "seconds": "seconds",
+    "epochs": "epochs",
+}
 
 
 def target_chart(runs: Sequence[Run]) -> Chart | None:
-    """Bits per byte of the target domains, of every run, against three budgets."""
+    """Bits per byte of the target domains, of every run, against each budget."""
     lines = [(label(run.name), run, run["target_bits_per_byte"]) for run in runs]
     caption = (
         f"Held-out text of {label(', '.join(runs[0].targets) or 'all domains', 120)}. Lower is better. This is the "
-        "curve to compare runs by; FLOPs include what choosing cost."
+        "curve to compare runs by. FLOPs include what choosing cost; seconds are those of steps, without evaluation "
+        "and saving; epochs count what was read, trained on or not."
     )
     return _budget_chart("target", "Target bits per byte", caption, "bits per byte", lines, markers=True)
 
 
 def loss_chart(runs: Sequence[Run]) -> Chart | None:
-    """Training loss of every run, against three budgets."""
+    """Training loss of every run, against each budget."""
     caption = (
         "Mean over the rows that each run chose for itself: a method that picks hard rows shows a higher loss. "
         "Judge runs by bits per byte of held-out text, not by this curve."
@@ -101,6 +110,9 @@ def _budget_chart(
         _add_axes(axes, run, steps)
     if not figure.data:
         return None
+    without = [trace.name for trace, x in zip(figure.data, axes["epochs"], strict=True) if not np.isfinite(x).any()]
+    if without and len(without) < len(figure.data):
+        caption += f" Epochs are unknown for {', '.join(without)}: the prepared corpus is not on this machine."
     return _with_axes(Chart(id, title, caption, figure, axes, wide=True), unit)
 
 
@@ -112,10 +124,11 @@ def _add_axes(axes: dict[str, list[list[float]]], run: Run, steps: np.ndarray) -
 def _with_axes(chart: Chart, unit: str) -> Chart:
     assert chart.axes is not None
     first = next(iter(chart.axes))
-    for trace, x in zip(chart.figure.data, chart.axes[first], strict=True):
+    known = {name: xs for name, xs in chart.axes.items() if name == first or any(np.isfinite(x).any() for x in xs)}
+    for trace, x in zip(chart.figure.data, known[first], strict=True):
         trace.x = x
     name_axes(chart.figure, first, unit)
-    return chart
+    return replace(chart, axes=known)
 
 
 def _step_chart(id: str, title: str, caption: str, unit: str, lines: list[tuple[Run, Series]]) -> Chart | None:

@@ -12,22 +12,11 @@ from jaxtyping import Float64, Int64
 
 from opus_jax.config import Config
 from opus_jax.errors import UserError
+from opus_jax.reports.budgets import epochs, step_seconds
+from opus_jax.reports.corpus import manifest_of
+from opus_jax.reports.decisions import Decision, read_decisions
 from opus_jax.reports.selection_reader import SelectionReader
-
-
-@dataclass(frozen=True)
-class Series:
-    """One metric over steps; NaN where the run wrote a number that is not finite."""
-
-    steps: Int64[np.ndarray, " n"]
-    values: Float64[np.ndarray, " n"]
-
-    @property
-    def last(self) -> float | None:
-        return float(self.values[-1]) if len(self.values) else None
-
-
-EMPTY = Series(np.zeros(0, np.int64), np.zeros(0))
+from opus_jax.reports.series import EMPTY, Series
 
 
 @dataclass(frozen=True)
@@ -37,7 +26,7 @@ class Run:
     Attributes:
       name: what it is called in the report: its folder's name.
       summary: summary.json; None while the run is unfinished.
-      scalars: metrics by name.
+      scalars: metrics by name; `seconds` and `epochs`, which no run logs, are made from others (see budgets).
       by_domain: metrics that have one value for each domain: by name, then by domain.
     """
 
@@ -72,10 +61,20 @@ class Run:
         """Whether the method measures the candidates it chooses from."""
         return self.method not in ("random", "none")
 
+    @property
+    def scores_are_losses(self) -> bool:
+        """Whether those measures are the candidates' own losses."""
+        return self.method in ("high_loss", "mid_loss")
+
     @cached_property
     def selection(self) -> SelectionReader:
         """The selection log; nothing is read before it is asked for something."""
         return SelectionReader(self.folder / "selection")
+
+    @cached_property
+    def decisions(self) -> list[Decision]:
+        """Changes of plan; nothing is read before it is asked for."""
+        return read_decisions(self.folder)
 
     def __getitem__(self, metric: str) -> Series:
         """A metric by name, without any point if the run never logged it."""
@@ -105,6 +104,7 @@ def load_run(folder: str | Path) -> Run:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run folder (config.yaml is absent): give the run.dir of a training run")
     scalars, by_domain = _columns(_lines(folder / "metrics.jsonl"))
+    scalars = _budgets(folder, scalars) | scalars
     return Run(folder, folder.name, Config.load(folder), _summary(folder / "summary.json"), scalars, by_domain)
 
 
@@ -112,6 +112,14 @@ def sibling(run: Run, suffix: str = "-random") -> Path | None:
     """The run folder beside this one that has this one's name and a suffix, if there is one."""
     folder = run.folder.with_name(run.folder.name + suffix)
     return folder if (folder / "config.yaml").is_file() else None
+
+
+def _budgets(folder: Path, scalars: dict[str, Series]) -> dict[str, Series]:
+    """What can be made of the totals; epochs only while the prepared corpus is on this machine."""
+    seconds = step_seconds(scalars.get("update_tokens", EMPTY), scalars.get("tokens_per_second", EMPTY))
+    manifest = manifest_of(folder)
+    passes = epochs(scalars.get("seen_tokens", EMPTY), manifest) if manifest else EMPTY
+    return {name: series for name, series in (("seconds", seconds), ("epochs", passes)) if len(series.steps)}
 
 
 def _summary(file: Path) -> dict[str, Any] | None:

@@ -81,7 +81,14 @@ class SelectionReader:
             ) from None
 
     def summarise(
-        self, domains: int, last_step: int, *, first_scored: int | None, periods: int = 40, extremes: int = 8
+        self,
+        domains: int,
+        last_step: int,
+        *,
+        first_scored: int | None,
+        periods: int = 40,
+        extremes: int = 8,
+        training_rows: int | None = None,
     ) -> SelectionSummary:
         """Sum up the log.
 
@@ -91,6 +98,7 @@ class SelectionReader:
           first_scored: rows from this step on have scores; None = the method does not score.
           periods: P at most.
           extremes: how many of the highest and of the lowest.
+          training_rows: examples from this one on, which are proxy rows, are no extremes; None = there are none.
         """
         edges = np.unique(
             np.linspace(1, last_step + 1, min(periods, 1 + last_step // _STEPS_PER_PERIOD) + 1).astype(np.int64)
@@ -108,8 +116,9 @@ class SelectionReader:
                 continue
             scored = _where(rows, (rows["step"] >= first_scored) & np.isfinite(rows["z"]))
             np.add.at(z_counts, (_period(edges, scored), scored["domain_id"], _z_bin(scored["z"])), 1)
-            highest.add(scored)
-            lowest.add(scored)
+            named = scored if training_rows is None else _where(scored, scored["example_id"] < training_rows)
+            highest.add(named)
+            lowest.add(named)
         return SelectionSummary(edges, offered, selected, z_counts, highest.found(), lowest.found())
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from opus_jax.reports.numbers import percent, readable, times
-from opus_jax.reports.run import Run, Series, load_run, sibling
+from opus_jax.reports.run import Run, load_run, sibling
+from opus_jax.reports.series import Series
 
 SAME_BUDGET = 0.02  # update tokens that differ by less count as the same
 EQUAL = 0.0005  # bits per byte that differ by less, in relative terms, count as equal
@@ -47,19 +48,12 @@ def token_ratio(run: Run, baseline: Run) -> float | None:
     nothing to compare. A run that is below already at its first evaluation counts from there, so that the ratio is
     then a lower bound.
     """
-    goal = target(baseline).last
-    tokens, bits = _target_by_tokens(run)
-    total = baseline.total("update_tokens")
-    if goal is None or total is None:
-        return None
-    below = np.flatnonzero(bits <= goal)
-    if not len(below):
-        return None
-    i = int(below[0])
-    if i == 0:
-        return total / float(tokens[0])
-    share = (bits[i - 1] - goal) / (bits[i - 1] - bits[i])
-    return total / float(tokens[i - 1] + share * (tokens[i] - tokens[i - 1]))
+    return _ratio_to_target(run, baseline, "update_tokens")
+
+
+def flop_ratio(run: Run, baseline: Run) -> float | None:
+    """As `token_ratio`, in FLOPs of all kinds: training, choosing and audits. Above 1, `run` needs fewer."""
+    return _ratio_to_target(run, baseline, "flops")
 
 
 def target(run: Run) -> Series:
@@ -124,7 +118,9 @@ def _crossing(run: Run, baseline: Run) -> str:
     decays = run.config.optimizer.schedule != "constant" and ratio > 1
     bound = "at most " if early or decays else ""
     reached = f"{bound}{percent(1 / ratio)} of its update tokens"
-    return f"it reached that run's final value after {reached} (token ratio {ratio:.2f})"
+    flops = flop_ratio(run, baseline)
+    total = f", FLOPs ratio {flops:.2f}" if flops is not None else ""
+    return f"it reached that run's final value after {reached} (token ratio {ratio:.2f}{total})"
 
 
 def _cost(run: Run, baseline: Run | None) -> str:
@@ -145,9 +141,24 @@ def _cost(run: Run, baseline: Run | None) -> str:
     return f"Cost: {' and '.join(ratios) or 'not known yet'}{f' of {baseline.name}' if ratios else ''}; {scoring}"
 
 
-def _target_by_tokens(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    series = target(run)
-    return run.at("update_tokens", series.steps), series.values
+def _ratio_to_target(run: Run, baseline: Run, budget: str) -> float | None:
+    goal, reached = target(baseline), target(run)
+    if not len(goal.values):
+        return None
+    below = np.flatnonzero(reached.values <= goal.values[-1])
+    if not len(below):
+        return None
+    theirs = baseline.at(budget, goal.steps[-1:])[0]
+    ours = _at_crossing(run.at(budget, reached.steps), reached.values, goal.values[-1], int(below[0]))
+    return float(theirs / ours) if ours > 0 and np.isfinite(theirs) else None
+
+
+def _at_crossing(spent: np.ndarray, bits: np.ndarray, goal: float, first: int) -> float:
+    """What was spent where the line between the evaluations before and at `first` meets the goal."""
+    if first == 0:
+        return float(spent[0])
+    share = (bits[first - 1] - goal) / (bits[first - 1] - bits[first])
+    return float(spent[first - 1] + share * (spent[first] - spent[first - 1]))
 
 
 def _shown(path: Path) -> Path:

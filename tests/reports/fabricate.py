@@ -90,6 +90,53 @@ def write_trained_pair(folder: Path, **sections: dict) -> Path:
     return write_run(folder / "run", config, domains, gain=0.1, records=records)
 
 
+LABELS = ("chapter night said", "</script><img src=x onerror=alert(4)> %{y}", "2020 \u202e", "def return self")
+
+
+def write_decisions(run: Path, domains: list[str], documents: list[int], first: int = 20, every: int = 10) -> Path:
+    """A plan change every `every` steps of an 80-step run, in which domain 0 and the later clusters gain.
+
+    Args:
+      documents: ids, of which the last decision names the first few as stopped.
+    """
+    folder = run / "decisions"
+    folder.mkdir()
+    for change, step in enumerate(range(first, 80, every)):
+        line = _decision(step, change, domains, documents)
+        (folder / f"feedback-{step:09d}.json").write_text(json.dumps(line))
+    return run
+
+
+def _decision(step: int, change: int, domains: list[str], documents: list[int]) -> dict:
+    lead = 0.8 * (1 - 0.7 ** (change + 1))
+    weights = [lead * (i == 0) + (1 - lead) / len(domains) for i in range(len(domains))]
+    tilt = np.linspace(-1, 1, 16)
+    shares = np.exp(lead * tilt) / np.exp(lead * tilt).sum()
+    return {
+        "kind": "feedback", "step": step, "utilities_until": step - 10,
+        "domains": {
+            name: {
+                "weight": weight, "mean": (1.0 if i == 0 else -0.4 * i) * lead,
+                "standard_error": None if i == 2 and change == 0 else 0.4 / (change + 2), "scores": 160.0,
+                "epochs": step * weight / 20,
+            }
+            for i, (name, weight) in enumerate(zip(domains, weights, strict=True))
+        },
+        "clusters": [
+            {
+                "cluster": i // 2, "label": LABELS[i % len(LABELS)], "domain": domains[i % 2 % len(domains)],
+                "rows": 12.0 + i, "mean": float(tilt[i]), "standard_error": 0.1, "scores": 9.0 * (i != 5),
+                "share": float(shares[i]), "base_share": 1 / 16,
+            }
+            for i in range(16)
+        ],
+        "documents": {"scored": 140, "share_top_tenth": 0.31, "stopped": 12},
+        "stopped_examples": [
+            {"document_id": i, "domain": domains[-1], "share_ratio": 0.02} for i in documents[:10]
+        ],
+    }  # fmt: skip
+
+
 def target_curve(step: float, gain: float) -> float:
     return 3.0 - gain + 5.0 * np.exp(-step / 20)
 

@@ -1,7 +1,7 @@
 import numpy as np
 
 from opus_jax.reports.chart import label, thin
-from opus_jax.reports.run import Series
+from opus_jax.reports.series import Series
 
 
 def test_a_short_series_is_left_as_it_is() -> None:

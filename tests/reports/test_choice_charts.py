@@ -11,8 +11,9 @@ from opus_jax.reports.choice_charts import (
     utility_over_time_chart,
     z_quantile,
 )
-from opus_jax.reports.run import Series, load_run
+from opus_jax.reports.run import load_run
 from opus_jax.reports.selection_reader import Z_EDGES, SelectionSummary
+from opus_jax.reports.series import Series
 
 
 def test_quantiles_of_histograms() -> None:
@@ -49,6 +50,7 @@ def test_preference_is_selected_share_over_offered_share(trained: Path) -> None:
     summary = SelectionSummary(np.array([1, 2]), offered, selected, np.zeros((1, 3, 32), int), (), ())
     chart = preference_chart(run, summary)
     assert chart is not None
+    assert chart.figure.layout.yaxis.type == "category"  # or domains "2020" and "2021" would be numbers
     found = dict(zip(chart.figure.data[0].y, chart.figure.data[0].x, strict=True))
     expected = [(30 / 50) / 0.6, (10 / 50) / 0.3, (10 / 50) / 0.1]
     assert [found[label(name)] for name in run.domains] == pytest.approx(expected, rel=1e-4)

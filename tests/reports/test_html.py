@@ -11,7 +11,7 @@ import pytest
 from fabricate import HOSTILE, small_config, write_run
 
 from opus_jax.config import ReportConfig
-from opus_jax.reports import html as report
+from opus_jax.reports import page as page_markup
 from opus_jax.reports.html import write_report
 from opus_jax.reports.run import load_run
 
@@ -63,7 +63,7 @@ def test_every_part_is_there(page: Page) -> None:
     for word in ("Highest utility", "Lowest utility", "licence of prose", "run-random", "prose (target)"):
         assert word in page.text
     assert [trace["name"] for trace in page.charts["target"]["figure"]["data"]] == ["run", "run-random"]
-    assert page.charts["loss"]["axes"].keys() == {"update tokens", "seen tokens", "FLOPs"}
+    assert page.charts["loss"]["axes"].keys() == {"update tokens", "seen tokens", "FLOPs", "seconds", "epochs"}
 
 
 def test_nothing_of_the_corpus_becomes_markup(page: Page) -> None:
@@ -174,6 +174,6 @@ def test_a_long_run_makes_no_larger_page(tmp_path: Path) -> None:
 
 
 def test_json_for_a_script_element() -> None:
-    text = report._json({"a": "</script><!-- & \u2028", "b": float("nan")})
+    text = page_markup._json({"a": "</script><!-- & \u2028", "b": float("nan")})
     assert json.loads(text) == {"a": "</script><!-- & \u2028", "b": None}
     assert not re.search("[<>&\u2028]", text)

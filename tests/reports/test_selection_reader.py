@@ -72,6 +72,16 @@ def test_extremes_are_the_best_of_each_example(log: tuple, batch_rows: int, monk
     assert top.utility == pytest.approx(10 * top.z, rel=1e-6)
 
 
+def test_proxy_rows_are_counted_but_are_no_extremes(log: tuple) -> None:
+    every = SelectionReader(log[0]).summarise(G, STEPS, first_scored=1, extremes=40)
+    training = SelectionReader(log[0]).summarise(G, STEPS, first_scored=1, extremes=40, training_rows=30)
+    assert training.offered.tolist() == every.offered.tolist()
+    assert training.z_counts.tolist() == every.z_counts.tolist()
+    for found, of_all in ((training.highest, every.highest), (training.lowest, every.lowest)):
+        assert list(found) == [extreme for extreme in of_all if extreme.example_id < 30]
+        assert len(found) < len(of_all)
+
+
 def test_later_steps_are_left_out(log: tuple) -> None:
     summary = SelectionReader(log[0]).summarise(G, 20, first_scored=None)
     assert summary.offered.sum() == 20 * N

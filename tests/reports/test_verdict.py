@@ -7,7 +7,8 @@ from fabricate import small_config, target_curve, write_run
 from opus_jax.config import Config
 from opus_jax.errors import UserError
 from opus_jax.reports.run import Run, load_run
-from opus_jax.reports.verdict import token_ratio, verdict
+from opus_jax.reports.series import Series
+from opus_jax.reports.verdict import flop_ratio, token_ratio, verdict
 
 
 def made(folder: Path, name: str, gain: float, method: str = "opus", **sections: dict) -> Run:
@@ -24,7 +25,9 @@ def test_a_gain(tmp_path: Path) -> None:
     # The curve crosses 3 + 5 exp(-80 / 20) between the evaluations at 60 and 70.
     at = np.interp(-target_curve(80, 0), [-target_curve(60, 0.1), -target_curve(70, 0.1)], [60, 70])
     assert token_ratio(run, random) == pytest.approx(80 / at)
-    assert f"(token ratio {80 / at:.2f})" in second
+    # A step of `run` costs twice the FLOPs of one of `random`.
+    assert flop_ratio(run, random) == pytest.approx(40 / at)
+    assert f"(token ratio {80 / at:.2f}, FLOPs ratio {40 / at:.2f})" in second
     assert third == "Cost: 2.00x the FLOPs and 2.50x the wall time of r-random; choosing cost 100 % of training"
 
 
@@ -33,6 +36,23 @@ def test_a_loss_is_said(tmp_path: Path) -> None:
     second = verdict(run, random)[1]
     assert "3.2 % worse; the final value of other was not reached" in second
     assert token_ratio(run, random) is None
+    assert flop_ratio(run, random) is None
+
+
+def test_the_first_crossing_counts(tmp_path: Path) -> None:
+    run, random = made(tmp_path, "r", 0.0), made(tmp_path, "b", 0.0, "random")
+    bits = np.array([4.0, 3.0, 5.0, 2.0])
+    run.scalars["target_bits_per_byte"] = Series(np.array([10, 20, 30, 80]), bits)
+    random.scalars["target_bits_per_byte"] = Series(np.array([10, 40]), np.array([4.0, 3.5]))
+    # Random's goal is what it had at step 40, although it went on to 80 without evaluating.
+    assert token_ratio(run, random) == pytest.approx(40 / 15)
+
+
+def test_totals_that_were_not_logged_give_no_ratio(tmp_path: Path) -> None:
+    run, random = made(tmp_path, "r", 0.1), made(tmp_path, "b", 0.0, "random")
+    del random.scalars["flops"]
+    assert flop_ratio(run, random) is None
+    assert verdict(run, random)[1].endswith(f"(token ratio {token_ratio(run, random):.2f})")
 
 
 def test_equal_runs(tmp_path: Path) -> None:
