@@ -9,10 +9,12 @@ from rich.progress import Progress
 from opus_jax.config import Config
 from opus_jax.data.documents import Corpus, Document
 from opus_jax.data.documents_table import iterate_texts, read_columns, write_documents
+from opus_jax.data.embedding import load_embedder
 from opus_jax.data.packing import segments_per_row
 from opus_jax.data.progress import progress_bar
 from opus_jax.data.record_writer import TokenizedDocuments, WrittenSplit, write_split
 from opus_jax.data.records import FORMAT_VERSION, SPLITS, Counts, Manifest, sha256
+from opus_jax.data.retrieval import Retrieval
 from opus_jax.data.splits import PROXY_FILES, split_documents
 from opus_jax.data.tokenize_documents import tokenize_texts, usable_cores
 from opus_jax.data.tokenizer import Tokenizer
@@ -27,12 +29,15 @@ def build_records(
     """Write everything but the manifest into the empty `folder`, and return the manifest.
 
     Args:
-      proxy: the user's own proxy documents; they become the last domain, which has no rows for training.
+      proxy: the user's own documents. With `proxy.source = files` they become the last domain, which has no rows for
+        training; with `retrieved` they are what is looked for, and are not written.
     """
-    names = [domain.name for domain in corpus.domains] + [PROXY_FILES] * bool(proxy)
-    licences = [domain.licence for domain in corpus.domains] + ["the user's own files"] * bool(proxy)
+    retrieval = _retrieval(config, proxy)
+    written_proxy = [] if retrieval else proxy
+    names = [domain.name for domain in corpus.domains] + [PROXY_FILES] * bool(written_proxy)
+    licences = [domain.licence for domain in corpus.domains] + ["the user's own files"] * bool(written_proxy)
     with progress_bar(progress) as bar:
-        placed, removed = split_documents(corpus, config.corpus, proxy)
+        placed, removed = split_documents(corpus, config.corpus, written_proxy, retrieval)
         write_documents(bar.track(placed, total=None, description="reading documents"), licences, folder)
         tokenizer = _make_tokenizer(config, folder, bar)
         documents = _tokenize(config, folder, bar)
@@ -48,6 +53,8 @@ def build_records(
             "splits": removed.to_mapping(),
             "noise": config.corpus.noise,
         }
+        if retrieval:
+            details["retrieval"] = retrieval.facts
         return Manifest(
             name=corpus.name,
             format_version=FORMAT_VERSION,
@@ -65,6 +72,13 @@ def build_records(
             details=details,
             **counts,
         )
+
+
+def _retrieval(config: Config, texts: list[Document]) -> Retrieval | None:
+    settings = config.proxy
+    if settings.source != "retrieved":
+        return None
+    return Retrieval(texts, load_embedder(settings.embedder), settings.retrieved_share, settings.domains)
 
 
 def _make_tokenizer(config: Config, folder: Path, bar: Progress) -> Tokenizer:

@@ -37,11 +37,16 @@ class ExactCopies:
 
     def is_new(self, text: str) -> bool:
         """True the first time that a text (up to surrounding white space) is shown."""
-        key = hashlib.blake2b(text.strip().encode(), digest_size=8).digest()
+        key = text_key(text)
         if key in self._seen:
             return False
         self._seen.add(key)
         return True
+
+
+def text_key(text: str) -> bytes:
+    """64 bits that stand for a text, up to surrounding white space."""
+    return hashlib.blake2b(text.strip().encode(), digest_size=8).digest()
 
 
 class HeldOutText:

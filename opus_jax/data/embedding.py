@@ -60,12 +60,12 @@ def load_embedder(name: str, key: str = "proxy.embedder") -> Embedder:
 
 
 def centred(rows: Float32[np.ndarray, "n D"], mean: Float32[np.ndarray, " D"]) -> Float32[np.ndarray, "n D"]:
-    """Rows seen from `mean`, again of norm 1.
+    """Rows seen from `mean`, again of norm 1 (or 0, where a text has nothing in it).
 
     What all texts of a corpus have in common, such as its language, makes every cosine large; without it the nearest
     texts are of the same kind far more often.
     """
-    return _unit(rows - mean)
+    return _unit(np.where(rows.any(1, keepdims=True), rows - mean, 0))
 
 
 def _imported(name: str, key: str) -> Callable[[Sequence[str]], object]:

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from opus_jax.config import Config, fingerprint
+from opus_jax.data import embedding
 from opus_jax.data.build_records import build_records
 from opus_jax.data.cache import cache_folder
 from opus_jax.data.corpora import load_corpus
 from opus_jax.data.corpora.local import read_documents
 from opus_jax.data.documents import Corpus, Document, require_known
+from opus_jax.data.proxy_rows import more_proxy_text
 from opus_jax.data.records import FORMAT_VERSION, Manifest
 from opus_jax.data.tokenizer_training import read_model
 from opus_jax.errors import ConfigError, UserError
@@ -36,7 +38,7 @@ def prepare(config: Config, progress: bool = True) -> Path:
     """
     corpus = load_corpus(config.corpus)
     _require_domains(config, corpus)
-    proxy = _proxy_files(config)
+    proxy = _users_texts(config)
     mark = _fingerprint(config, corpus, proxy)
     folder = cache_folder(config.corpus) / "records" / f"{corpus.name}-{mark}"
     if not folder.exists():
@@ -57,9 +59,9 @@ def _require_domains(config: Config, corpus: Corpus) -> None:
     require_known("proxy.domains", config.proxy.domains, known)
 
 
-def _proxy_files(config: Config) -> list[Document]:
-    """The user's own proxy documents."""
-    if config.proxy.source != "files":
+def _users_texts(config: Config) -> list[Document]:
+    """The documents at `proxy.path`, where the proxy is made of them or retrieved with them."""
+    if config.proxy.source == "heldout":
         return []
     documents = list(read_documents(str(config.proxy.path), config.corpus))
     if not documents:
@@ -73,7 +75,15 @@ def _fingerprint(config: Config, corpus: Corpus, proxy: list[Document]) -> str:
     if config.tokenizer.kind == "sentencepiece":
         path = config.tokenizer.path
         tokenizer.append(read_model(path).hex() if path else config.tokenizer.vocab_size)
-    return fingerprint(FORMAT_VERSION, decisive, corpus.versions, tokenizer, [document.text for document in proxy])
+    texts = [document.text for document in proxy]
+    return fingerprint(FORMAT_VERSION, decisive, corpus.versions, tokenizer, texts, *_retrieval_settings(config))
+
+
+def _retrieval_settings(config: Config) -> list:
+    settings = config.proxy
+    if settings.source != "retrieved":
+        return []
+    return [embedding.VERSION, settings.embedder, settings.retrieved_share, sorted(settings.domains)]
 
 
 @contextlib.contextmanager
@@ -114,13 +124,15 @@ def _require_rows(manifest: Manifest, config: Config) -> None:
     for split in ("train", "validation"):
         if not manifest.total_rows(split):
             raise UserError(f"corpus {manifest.name} has no {split} rows: give more documents")
-    if config.selection.method != "opus":
+    if not _reads_proxy(config):
         return
     wanted = config.proxy.domains if config.proxy.source == "heldout" else []
     empty = [domain for domain in wanted if not manifest.rows["proxy"][domain]]
     if empty or not manifest.total_rows("proxy"):
         where = f"domain {empty[0]!r}" if empty else "any domain"
-        raise UserError(
-            f"corpus {manifest.name} has no proxy rows in {where}: give more documents there, "
-            f"raise corpus.proxy_share = {config.corpus.proxy_share}, or name other proxy.domains"
-        )
+        raise UserError(f"corpus {manifest.name} has no proxy rows in {where}: {more_proxy_text(config)}")
+
+
+def _reads_proxy(config: Config) -> bool:
+    directed = config.selection.method in ("opus", "paper", "greats")
+    return directed or config.plan.importance is not None or config.plan.proxy_rows_share > 0

@@ -19,17 +19,25 @@ def proxy_plan(manifest: Manifest, config: Config) -> Plan:
       UserError: the chosen domains have no proxy rows.
     """
     require_known("proxy.domains", config.proxy.domains, manifest.domains)
-    # Proxy rows from files belong to no domain of the pool: all of them are wanted.
+    # Rows from files belong to no domain of the pool, and only proxy.domains were searched: all of them are wanted.
     chosen = config.proxy.domains if config.proxy.source == "heldout" else []
     counted = chosen or manifest.domains
     counts = np.array([manifest.rows["proxy"].get(name, 0) for name in manifest.domains], np.int64)
     weights = np.where(np.isin(manifest.domains, counted), counts, 0).astype(np.float64)
     if not weights.any():
-        raise UserError(
-            f"proxy.domains = {counted}: no proxy rows; raise corpus.proxy_share = {config.corpus.proxy_share}, "
-            "lower corpus.row_tokens, or choose larger domains"
-        )
+        raise UserError(f"proxy.domains = {counted}: no proxy rows: {more_proxy_text(config)}")
     return fitted(Plan(weights), counts)
+
+
+def more_proxy_text(config: Config) -> str:
+    """What to do when the proxy has no rows."""
+    proxy = config.proxy
+    if proxy.source == "files":
+        return f"give more text at proxy.path = {proxy.path}, or lower corpus.row_tokens"
+    if proxy.source == "retrieved":
+        return f"raise proxy.retrieved_share = {proxy.retrieved_share}, or lower corpus.row_tokens"
+    share = config.corpus.proxy_share
+    return f"give more documents there, raise corpus.proxy_share = {share}, or name other proxy.domains"
 
 
 def target_domains(manifest: Manifest, config: Config) -> list[str]:

@@ -14,9 +14,10 @@ from typing import Literal
 
 from opus_jax.config import CorpusConfig
 from opus_jax.data.blocks import blocks
-from opus_jax.data.dedup import NEAR_COPY_SHARE, NGRAM_WORDS, ExactCopies, HeldOutText
+from opus_jax.data.dedup import NEAR_COPY_SHARE, NGRAM_WORDS, ExactCopies, HeldOutText, text_key
 from opus_jax.data.documents import Corpus, Document
 from opus_jax.data.noise import Noise, read_noise
+from opus_jax.data.retrieval import Retrieval
 from opus_jax.errors import UserError
 
 Split = Literal["train", "validation", "proxy"]
@@ -66,7 +67,7 @@ def assign_split(document: Document, validation_share: float, proxy_share: float
 
 
 def split_documents(
-    corpus: Corpus, config: CorpusConfig, extra_proxy: Iterable[Document] = ()
+    corpus: Corpus, config: CorpusConfig, extra_proxy: Iterable[Document] = (), retrieval: Retrieval | None = None
 ) -> tuple[Iterator[Placed], SplitCounts]:
     """All documents that may be used, as (split, domain index, document), and counts of what was removed.
 
@@ -76,39 +77,90 @@ def split_documents(
 
     Args:
       corpus: every domain is read twice, first for the held-out documents, which stay in memory, then for the
-        training documents, which are streamed.
+        training documents, which are streamed; and twice more in between for a retrieval.
       extra_proxy: the user's proxy documents. When there are any, they are the proxy split, with the domain index
         `len(corpus.domains)`, and no document of the corpus is held out as proxy.
+      retrieval: when given, the documents of the corpus that are most like its texts are the proxy split, instead of
+        those that a hash holds out. Its texts are treated as held out (they and their near copies are in no split
+        but validation), and those that are near copies of validation text are not used.
 
     Raises (while iterating):
-      UserError: nothing is left for training or for validation.
+      UserError: nothing is left for training or for validation, or of the user's documents.
     """
     counts = SplitCounts()
-    return _place(corpus, config, list(extra_proxy), counts), counts
+    return _place(corpus, config, list(extra_proxy), retrieval, counts), counts
 
 
-def _place(corpus: Corpus, config: CorpusConfig, extra: list[Document], counts: SplitCounts) -> Iterator[Placed]:
+def _place(
+    corpus: Corpus, config: CorpusConfig, extra: list[Document], retrieval: Retrieval | None, counts: SplitCounts
+) -> Iterator[Placed]:
     names = [domain.name for domain in corpus.domains] + [PROXY_FILES]
     noise = read_noise(config.noise, names[:-1])
-    shares = (config.validation_share, 0.0 if extra else config.proxy_share)
+    given = retrieval.texts if retrieval else extra
+    shares = (config.validation_share, 0.0 if given else config.proxy_share)
     copies = ExactCopies()
 
     read = (placed for placed in _read(corpus, shares) if placed[0] != "train")
-    users: Iterator[Placed] = (("proxy", len(corpus.domains), document) for document in extra)
+    users: Iterator[Placed] = (("proxy", len(corpus.domains), document) for document in given)
     held_out = list(_without_exact_copies(itertools.chain(read, users), copies, names, counts))
     validation = [placed for placed in held_out if placed[0] == "validation"]
     proxy = [placed for placed in held_out if placed[0] == "proxy"]
     proxy = list(_without_near_copies(proxy, validation, "near_copy_of_validation", names, counts))
+    if given and not proxy:
+        raise UserError(_nothing_given(len(given), counts))
+    held_out, retrieved = validation + proxy, set[bytes]()
+    if retrieval:
+        retrieved = _retrieve(corpus, shares, validation, proxy, retrieval, names)
+        proxy = list(_of_keys(corpus, shares, retrieved))
+        held_out += proxy
 
     train: Iterator[Placed] = (placed for placed in _read(corpus, shares) if placed[0] == "train")
     train = _without_exact_copies(train, copies, names, counts)
-    train = _without_near_copies(train, validation + proxy, "near_copy_of_held_out", names, counts)
-    for split, index, document in itertools.chain(validation, proxy, _with_noise(train, names, noise)):
-        counts.keep(split, names[index], document)
-        yield split, index, document
+    if retrieved:
+        train = (placed for placed in train if text_key(placed[2].text) not in retrieved)
+    train = _without_near_copies(train, held_out, "near_copy_of_held_out", names, counts)
+    yield from _counted(itertools.chain(validation, proxy, _with_noise(train, names, noise)), names, counts)
     for split in ("train", "validation"):
         if not counts.total(split):
             raise UserError(_nothing_left(split, corpus, config))
+
+
+def _retrieve(
+    corpus: Corpus,
+    shares: tuple[float, float],
+    validation: list[Placed],
+    queries: list[Placed],
+    retrieval: Retrieval,
+    names: list[str],
+) -> set[bytes]:
+    """Keys of the documents that are most like `queries` and copies neither of these nor of validation text."""
+    read, unused = SplitCounts(), SplitCounts()
+    wanted = retrieval.domains or names
+    documents: Iterator[Placed] = (
+        placed
+        for placed in _counted(_read(corpus, shares), names, read)
+        if placed[0] == "train" and names[placed[1]] in wanted
+    )
+    documents = _without_exact_copies(documents, ExactCopies(), names, unused)
+    documents = _without_near_copies(documents, validation + queries, "", names, unused)
+    searched = retrieval.search((d.text for _, _, d in documents), [d.text for _, _, d in queries])
+    return retrieval.choose(searched, sum(sum(of_split.values()) for of_split in read.bytes.values()))
+
+
+def _of_keys(corpus: Corpus, shares: tuple[float, float], keys: set[bytes]) -> Iterator[Placed]:
+    """The first document of each key, as proxy."""
+    left = set(keys)
+    for split, index, document in _read(corpus, shares):
+        key = text_key(document.text)
+        if split == "train" and key in left:
+            left.remove(key)
+            yield "proxy", index, document
+
+
+def _counted(documents: Iterable[Placed], names: list[str], counts: SplitCounts) -> Iterator[Placed]:
+    for split, index, document in documents:
+        counts.keep(split, names[index], document)
+        yield split, index, document
 
 
 def _read(corpus: Corpus, shares: tuple[float, float]) -> Iterator[Placed]:
@@ -147,6 +199,14 @@ def _with_noise(documents: Iterable[Placed], names: list[str], noise: dict[str, 
     for split, index, document in documents:
         name = names[index]
         yield split, index, noise[name](document, name) if name in noise else document
+
+
+def _nothing_given(count: int, counts: SplitCounts) -> str:
+    reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.removed[PROXY_FILES].items()))
+    return (
+        f"proxy.path: none of its {count} texts is left after de-duplication ({reasons}): give text that is neither "
+        "in the corpus's validation split nor empty"
+    )
 
 
 def _nothing_left(split: str, corpus: Corpus, config: CorpusConfig) -> str:
