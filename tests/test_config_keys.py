@@ -23,6 +23,7 @@ LINES = ("corpus.domain_by=field", "corpus.path={place.folder}/records.jsonl")
 HUB = ("corpus.name=hf", "corpus.revision=" + 40 * "a")
 LEARNT_TOKENS = ("tokenizer.kind=sentencepiece", "tokenizer.vocab_size=300")
 FILES = ("proxy.source=files", "proxy.path={place.folder}/other/verse", "proxy.domains=[]")
+RETRIEVED = ("proxy.source=retrieved", "proxy.path={place.folder}/other/prose/0.txt", "proxy.domains=[]")
 RANDOM = "selection.method=random"  # where the key is not about scoring: its step is traced in half the time
 
 CASES: dict[str, tuple[Any, ...]] = {
@@ -102,6 +103,8 @@ CASES: dict[str, tuple[Any, ...]] = {
     "proxy.source": (see.records, "files", *FILES[1:]),
     "proxy.domains": (see.records, "[verse]"),
     "proxy.path": (see.records, "{place.folder}/other/prose", *FILES),
+    "proxy.retrieved_share": (see.records, 0.05, *RETRIEVED),
+    "proxy.embedder": (see.records, "observations:letters", *RETRIEVED),
     "proxy.rows": (see.step, 16),
     "proxy.refresh": (see.step, 2),
     "proxy.ema": (see.step, 0.5),
