@@ -1,5 +1,6 @@
 """The forward pass counted by hand: what an accelerator executes, not what the loss needs."""
 
+from opus_jax.models.parameter_subset import moving_layers
 from opus_jax.models.presets import ModelSpec
 
 
@@ -9,9 +10,37 @@ def forward_flops(spec: ModelSpec, tokens_per_row: int) -> int:
     Matrix products, the whole T x T attention (the causal half is computed and masked) and the head. Norms,
     elementwise work, softmax and table look-ups are left out; recomputation by remat is not part of a forward pass.
     """
-    tokens, queries = tokens_per_row, spec.heads * spec.head_dim
+    return spec.layers * _block_flops(spec, tokens_per_row) + _head_flops(spec, tokens_per_row)
+
+
+def moving_flops(spec: ModelSpec, tokens_per_row: int, subset: str) -> int:
+    """The part of `forward_flops` whose products carry tangents when only a `parameter_subset` moves.
+
+    Scoring a row by forward mode costs `forward_flops + 2 * moving_flops`: a product of two moving factors has two
+    tangent products. One whose kernel is fixed has one and counts half: the head, unless all parameters move or it
+    is untied and moves with the top blocks.
+    """
+    if subset == "all":
+        return forward_flops(spec, tokens_per_row)
+    head_moves = subset != "blocks" and not spec.tied
+    head = _head_flops(spec, tokens_per_row) // (1 if head_moves else 2)
+    return moving_layers(spec.layers, subset) * _block_flops(spec, tokens_per_row) + head
+
+
+def difference_flops(spec: ModelSpec, tokens_per_row: int, subset: str) -> int:
+    """Scoring a row by central differences when only a `parameter_subset` moves: two passes, of which the blocks below
+    the moving ones are one and the same, and compiled once."""
+    moving = moving_layers(spec.layers, subset) * _block_flops(spec, tokens_per_row)
+    return forward_flops(spec, tokens_per_row) + moving + _head_flops(spec, tokens_per_row)
+
+
+def _block_flops(spec: ModelSpec, tokens: int) -> int:
+    queries = spec.heads * spec.head_dim
     maps = spec.width * (2 * queries + 2 * spec.kv_heads * spec.head_dim)
     maps += spec.width * spec.hidden * (3 if spec.activation == "swiglu" else 2)
     attention = 2 * tokens * queries
-    head = spec.width * spec.vocab_size
-    return 2 * tokens * (spec.layers * (maps + attention) + head)
+    return 2 * tokens * (maps + attention)
+
+
+def _head_flops(spec: ModelSpec, tokens: int) -> int:
+    return 2 * tokens * spec.width * spec.vocab_size

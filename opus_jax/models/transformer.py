@@ -56,7 +56,11 @@ class Transformer(nnx.Module):
         self.head = None if spec.tied else _head(spec, rngs)
 
     def __call__(
-        self, tokens: Int[Array, "N T"], segment_ids: Int[Array, "N T"], positions: Int[Array, "N T"]
+        self,
+        tokens: Int[Array, "N T"],
+        segment_ids: Int[Array, "N T"],
+        positions: Int[Array, "N T"],
+        higher_blocks: tuple[Params, ...] = (),
     ) -> Float[Array, "N T V"]:
         x = self.embedding(tokens, self.spec.dtype)
         if self.positions is not None:
@@ -64,20 +68,26 @@ class Transformer(nnx.Module):
         x = constrain(x * self.spec.embedding_scale, ("batch", "length", "activation"))
         rotary = self.spec.positions == "rope"
         turns = rotary_turns(positions, self.spec.head_dim, self.spec.rope_theta) if rotary else None
-        x = self.final_norm(self._scan_blocks(x, attention_mask(segment_ids), turns))
+        x = self.final_norm(self._scan_blocks(x, attention_mask(segment_ids), turns, higher_blocks))
         kernel = self.embedding.embedding[...].T if self.head is None else self.head.kernel[...]
         logits = jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=wide(x.dtype))
         return constrain(logits, ("batch", "length", "vocab"))
 
     def _scan_blocks(
-        self, x: Float[Array, "N T D"], mask: Bool[Array, "N T T"], turns: Float[Array, "N T 2 half"] | None
+        self,
+        x: Float[Array, "N T D"],
+        mask: Bool[Array, "N T T"],
+        turns: Float[Array, "N T 2 half"] | None,
+        higher_blocks: tuple[Params, ...],
     ) -> Float[Array, "N T D"]:
-        graph, stacked = nnx.split(self.blocks)
+        graph, lowest = nnx.split(self.blocks)
 
         def run(x: Any, block: Any) -> Any:
             return nnx.merge(graph, block)(x, mask, turns), None
 
-        return jax.lax.scan(_rematerialised(run, self.spec.remat), x, stacked)[0]
+        for stack in (lowest, *map(nnx.State, higher_blocks)):
+            x = jax.lax.scan(_rematerialised(run, self.spec.remat), x, stack)[0]
+        return x
 
 
 def init(spec: ModelSpec, key: jax.Array) -> Params:
@@ -96,7 +106,8 @@ def apply(
     """Logits in float32 (or wider); those at t predict token t + 1.
 
     A token sees the tokens of its own segment up to itself. `segment_ids` 0 is padding: it changes no other logits.
-    `positions` count from 0 in every segment unless given.
+    `positions` count from 0 in every segment unless given. `params["blocks"]` may be a tuple of stacks, lowest first,
+    which are run one after the other.
 
     Raises:
       UserError: a row is longer than the table of learned positions.
@@ -105,7 +116,9 @@ def apply(
         raise UserError(f"rows of {tokens.shape[1]} tokens, but model.max_length = {spec.max_length}: raise it")
     if positions is None:
         positions = segment_positions(segment_ids)
-    return nnx.merge(_graph(spec), nnx.State(params))(tokens, segment_ids, positions)
+    stacks = params["blocks"] if isinstance(params["blocks"], tuple) else (params["blocks"],)
+    model = nnx.merge(_graph(spec), nnx.State({**params, "blocks": stacks[0]}))
+    return model(tokens, segment_ids, positions, stacks[1:])
 
 
 def logical_axes(spec: ModelSpec) -> dict[str, Any]:
