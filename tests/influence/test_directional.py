@@ -73,14 +73,14 @@ def test_permuting_candidates_permutes_utilities_and_the_pick(mlp):
 
 def test_tokens_add_up_to_segments_and_segments_to_rows(language_model):
     _, loss, token_loss, params, v, batch = language_model
-    tokens = token_utilities(token_loss, params, v, batch)
+    tokens = jax.jit(lambda: token_utilities(token_loss, params, v, batch))()
     assert tokens.shape == (8, 12)
     assert np.all(np.asarray(tokens)[np.asarray(batch["loss_mask"]) == 0] == 0)
-    segments = document_utilities(token_loss, params, v, batch, segments=3, chunk=4)
+    segments = jax.jit(lambda: document_utilities(token_loss, params, v, batch, segments=3, chunk=4))()
     np.testing.assert_allclose(segments[:, 0], tokens[:, :5].sum(1), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(segments[:, 1], tokens[:, 5:10].sum(1), rtol=1e-4, atol=1e-4)
     assert np.all(segments[:, 2] == 0)
-    rows = utilities(loss, params, v, batch)
+    rows = jax.jit(lambda: utilities(loss, params, v, batch))()
     np.testing.assert_allclose(segments.sum(1) / batch["loss_mask"].sum(1), rows, rtol=1e-3, atol=1e-4)
 
 

@@ -1,0 +1,98 @@
+"""Inner products among candidates, which redundancy needs: what two examples would both do to the model.
+
+Exact, out of all per-example gradients at once (the oracle: memory is rows x parameters), or sketched, chunk by chunk.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
+
+from opus_jax.influence.chunks import map_chunks
+from opus_jax.influence.per_example import LossFn, per_example_gradients
+from opus_jax.influence.sketch import hashed, random_signs
+
+Params = PyTree[Any]
+Batch = PyTree[Any]  # leaves with the candidates on their first axis
+Precondition = Callable[[PyTree[Array]], PyTree[Array]]  # gradient -> P gradient, linear
+
+
+def alignment_and_gram(
+    loss_fn: LossFn,
+    params: Params,
+    batch: Batch,
+    proxy_gradient: PyTree[Array],
+    precondition: Precondition,
+    *,
+    chunk: int | None = None,
+    both_sides: bool = False,
+) -> tuple[Float[Array, " N"], Float[Array, "N N"]]:
+    """Alignment <P g_i, g_proxy> of every candidate, and the Gram matrix of all pairs.
+
+    Args:
+      loss_fn: `loss_fn(params, batch) -> [N]`.
+      params: where the gradients g_i are taken.
+      batch: any pytree of arrays with N first.
+      proxy_gradient: tree like the parameters.
+      precondition: P, applied to one gradient at a time (under `vmap`).
+      chunk: rows whose backward passes and preconditioning run together; None = all. Must divide N.
+      both_sides: what stands between two displacements. False: gram_ij = <P g_i, g_j>, the metric of the optimizer
+        itself (H = P^-1); True: gram_ij = <P g_i, P g_j>, the paper's H = I (arXiv 2602.05400 eq. 22).
+
+    Returns:
+      [N] and [N, N], float32 or wider.
+
+    Raises:
+      UserError: `chunk` does not divide N.
+    """
+
+    def displaced(rows: Batch) -> tuple[PyTree[Array], PyTree[Array]]:
+        gradients = per_example_gradients(loss_fn, params, rows)
+        return gradients, jax.vmap(precondition)(gradients)
+
+    gradients, displacements = map_chunks(displaced, batch, chunk)
+    alignment = _inner(displacements, jax.tree.map(lambda g: g[None], proxy_gradient))[:, 0]
+    return alignment, _inner(displacements, displacements if both_sides else gradients)
+
+
+def sketched_alignment_and_gram(
+    loss_fn: LossFn,
+    params: Params,
+    batch: Batch,
+    proxy_gradient: PyTree[Array],
+    precondition: Precondition,
+    *,
+    m: int,
+    key: Key[Array, ""],
+    chunk: int | None = None,
+) -> tuple[Float[Array, " N"], Float[Array, "N N"]]:
+    """The same through sketches of the displacements P g_i and of g_proxy (arXiv 2602.05400 eq. 24-25): unbiased.
+
+    alignment_i = sum_layers <sketch P g_i, sketch g_proxy>, gram_ij = sum_layers <sketch P g_i, sketch P g_j> (H = I).
+    One chunk's gradients exist at a time, and N x layers x m numbers in the end.
+
+    Args: as `alignment_and_gram`.
+      m: width of a layer's sketch; see `count_sketch`.
+      key: the hash; the same key is the same hash at every call.
+    """
+    signs = random_signs(params, key)
+
+    def sketches(rows: Batch) -> Float[Array, "n L m"]:
+        return hashed(jax.vmap(precondition)(per_example_gradients(loss_fn, params, rows)), signs, m)
+
+    candidates = map_chunks(sketches, batch, chunk)
+    proxy = hashed(jax.tree.map(lambda g: g[None], proxy_gradient), signs, m)
+    return _inner(candidates, proxy)[:, 0], _inner(candidates, candidates)
+
+
+def _inner(left: PyTree[Array], right: PyTree[Array]) -> Float[Array, "N K"]:
+    """All inner products of the rows of two trees, in float32 or wider."""
+
+    def leaf(a: Array, b: Array) -> Array:
+        dtype = jnp.promote_types(a.dtype, jnp.float32)
+        a, b = (x.astype(dtype).reshape(x.shape[0], -1) for x in (a, b))
+        return jnp.dot(a, b.T, precision=jax.lax.Precision.HIGHEST)
+
+    return jax.tree.reduce(jnp.add, jax.tree.map(leaf, left, right))
