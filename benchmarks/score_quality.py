@@ -27,7 +27,7 @@ from opus_jax.optim.preconditioner import direction
 from opus_jax.training.build import Parts, build
 from opus_jax.training.feed import put_rows
 from opus_jax.training.state import TrainState, init_state
-from opus_jax.training.step import mean_gradient
+from opus_jax.training.update import mean_gradient
 
 SCALES = {"spearman": 0.1, "spearman_full_step": 1.0}
 MODES = {"vjp": "vjp", "frozen": "{optimizer}_frozen", "identity": "identity"}

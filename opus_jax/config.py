@@ -137,14 +137,14 @@ class ProxyConfig:
     retrieved_share: float = 0.01  # retrieved: share of the corpus's bytes taken as proxy
     embedder: str = "hashing"  # retrieved, clusters: hashing (built in) | package.module:function
     rows: int = 16  # proxy rows per refresh
-    refresh: int = 1  # steps between fresh proxy gradients
+    refresh: int = 1  # scored steps between fresh proxy gradients
     ema: float = 0.0  # weight of the past in the proxy gradient; 0 = the fresh one only
 
 
 @dataclass(frozen=True)
 class PlanConfig:
     importance: Optional[str] = None  # dsir: keep the documents most like the proxy by hashed n-grams (a rival)
-    keep: float = 0.5  # dsir: share of the training documents kept
+    keep: float = 0.5  # dsir: share of the training text kept
     proxy_rows_share: float = 0.0  # share of the stream given to the proxy rows themselves (a rival)
 
 
@@ -165,6 +165,7 @@ class FeedbackConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
+    domains: Optional[list[str]] = None  # measure only these, the target's among them; null = all
     rows: int = 64  # validation rows per domain, at most
     batch_rows: int = 32
 

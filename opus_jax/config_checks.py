@@ -160,6 +160,10 @@ def _check_feedback(config: Config) -> None:
         raise ConfigError("feedback.groups", feedback.groups, f"must be some of {', '.join(known)}, in this order")
     if not feedback.enabled:
         return
+    if config.plan.proxy_rows_share:
+        raise ConfigError(
+            "plan.proxy_rows_share", config.plan.proxy_rows_share, "must be 0 with feedback.enabled: it is a control"
+        )
     if feedback.signal == "utility" and method in ("random", "none"):
         raise ConfigError(
             "feedback.enabled", True, f"selection.method = {method} scores nothing: use opus with temperature=.inf"

@@ -30,8 +30,9 @@ FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 METHODS = ("mixture", "synthesis", "curriculum")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# Rooms of one floor do not know each other, except: evaluation reads the validation rows that data wrote.
-NEIGHBOURS = {("evaluation", "data")}
+# Rooms of one floor do not know each other, except: evaluation reads the validation rows that data wrote, and
+# feedback makes the plans that data samples from.
+NEIGHBOURS = {("evaluation", "data"), ("selection", "data")}
 
 
 def room_of(module: str) -> str:

@@ -108,6 +108,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "proxy.rows": (see.step, 16),
     "proxy.refresh": (see.step, 2),
     "proxy.ema": (see.step, 0.5),
+    "evaluation.domains": (see.evaluated_rows, "[prose]"),
     "evaluation.rows": (see.evaluated_rows, 2),
     "evaluation.batch_rows": (see.evaluation_batch, 16),
     "mesh.replica": (see.mesh, 2),

@@ -78,13 +78,13 @@ ARMS: dict[str, Arm] = {
         values=(5, 20),
     ),
     "random_proxy_rows": Arm(_NONE, knob="plan.proxy_rows_share", values=(0.1, 0.3)),
-    "feedback": Arm(_FEEDBACK, ours=True, knob="feedback.temperature", values=(0.1, 0.3)),
+    "feedback": Arm(_FEEDBACK, ours=True, knob="feedback.temperature", values=(0.1, 0.2)),
     "feedback_shuffled": Arm(_FEEDBACK | {"feedback.shuffle": True}, settings_of="feedback"),
     "feedback_opus": Arm(
         _FEEDBACK | {"selection.select_every": 5, "selection.temperature": 0.25},
         ours=True,
         knob="feedback.temperature",
-        values=(0.1, 0.3),
+        values=(0.1, 0.2),
     ),
     "oracle": Arm(_NONE, knob=TARGET_SHARE, values=(0.5, 0.8)),
 }

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float64, Int64, Integer, PyTree
 
 from opus_jax.config import EvaluationConfig
+from opus_jax.data.documents import require_known
 from opus_jax.data.records import Manifest, RowReader, batch_of
 from opus_jax.distributed.axes import replicated, sharding
 from opus_jax.errors import UserError
@@ -85,9 +86,16 @@ def make_evaluator(
     Args:
       reader: the validation split.
       token_bytes: UTF-8 bytes that each token stands for; tokens with 0 are not counted.
-      config: `rows` per domain at most, `batch_rows` at a time, which the mesh's data shards must divide.
+      config: `rows` per domain at most, of `domains` (null = all), `batch_rows` at a time, which the mesh's data shards
+        must divide.
+
+    Raises:
+      ConfigError: `domains` names an unknown one.
     """
-    chosen = [spread(np.asarray(rows, np.int64), config.rows) for rows in reader.domain_rows]
+    wanted = manifest.domains if config.domains is None else config.domains
+    require_known("evaluation.domains", wanted, manifest.domains)
+    per_domain = [config.rows if name in wanted else 0 for name in manifest.domains]
+    chosen = [spread(np.asarray(r, np.int64), n) for r, n in zip(reader.domain_rows, per_domain, strict=True)]
     rows = np.concatenate([np.zeros(0, np.int64), *chosen])
     row_domains = np.repeat(np.arange(len(chosen)), [len(c) for c in chosen])
     row_nats = _jit_row_nats(spec, mesh)
@@ -106,8 +114,8 @@ def make_evaluator(
 
 def spread(rows: Int64[np.ndarray, " R"], count: int) -> Int64[np.ndarray, " n"]:
     """At most `count` of the rows, at equal distances."""
-    if len(rows) <= count:
-        return rows
+    if len(rows) <= count or not count:
+        return rows[:count]
     return rows[np.arange(count) * len(rows) // count]
 
 

@@ -29,7 +29,7 @@ def map_chunks(function: Callable[[PyTree[Any]], PyTree[Any]], batch: PyTree[Any
         return function(batch)
     if chunk < 1 or rows % chunk:
         raise UserError(f"chunk = {chunk} does not divide the {rows} rows")
-    return jax.tree.map(_gather, jax.lax.map(function, deal(batch, chunk)))
+    return jax.tree.map(gather, jax.lax.map(function, deal(batch, chunk)))
 
 
 def deal(batch: PyTree[Any], chunk: int) -> PyTree[Any]:
@@ -42,5 +42,6 @@ def _deal(x: jax.Array, chunk: int) -> jax.Array:
     return constrain(dealt, (None, "batch", *(None,) * (x.ndim - 1)))
 
 
-def _gather(x: jax.Array) -> jax.Array:
+def gather(x: jax.Array) -> jax.Array:
+    """[N / chunk, chunk, ...] -> [N, ...]: the rows that `deal` dealt, in their order."""
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])

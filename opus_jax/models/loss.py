@@ -21,13 +21,19 @@ def token_losses(spec: ModelSpec, params: Params, batch: Batch) -> Float[Array, 
 
 def row_losses(spec: ModelSpec, params: Params, batch: Batch) -> Float[Array, " N"]:
     """Mean nats per target token of each row; 0 for a row without targets."""
-    nats = token_losses(spec, params, batch).sum(axis=1)
-    return nats / jnp.maximum(_targets(batch).sum(axis=1), 1)
+    nats, tokens = row_nats(spec, params, batch)
+    return nats / jnp.maximum(tokens, 1)
+
+
+def row_nats(spec: ModelSpec, params: Params, batch: Batch) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """Sum of nats and number of target tokens of each row: sums, so that shards and microbatches add up."""
+    return token_losses(spec, params, batch).sum(axis=1), _targets(batch).sum(axis=1)
 
 
 def batch_loss(spec: ModelSpec, params: Params, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum of nats and number of target tokens: sums, so that shards and microbatches add up."""
-    return token_losses(spec, params, batch).sum(), _targets(batch).sum()
+    """Sum of nats and number of target tokens of all rows."""
+    nats, tokens = row_nats(spec, params, batch)
+    return nats.sum(), tokens.sum()
 
 
 def cross_entropy(logits: Float[Array, "N T V"], targets: Int[Array, "N T"]) -> Float[Array, "N T"]:

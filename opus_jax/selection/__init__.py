@@ -1,4 +1,4 @@
-"""Which rows of the candidate buffer are trained on."""
+"""Which rows of the candidate buffer are trained on, and what the stream offers next."""
 
 from opus_jax.selection import baselines, opus
 
@@ -6,5 +6,6 @@ METHODS = {
     "opus": opus.select,
     "random": baselines.random,
     "high_loss": baselines.high_loss,
+    "mid_loss": baselines.mid_loss,
     "none": baselines.none,
 }

@@ -1,12 +1,16 @@
-"""Drawing K of N without replacement: Boltzmann by Gumbel top-k, with its limits top-k and uniform."""
+"""Drawing K of N without replacement: Boltzmann by Gumbel top-k, with its limits top-k and uniform; and one by one,
+where every draw changes what the others are worth."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from opus_jax.errors import UserError
+
+Temperature = float | int | Float[Array, ""]
 
 
 def gumbel_top_k(logits: Float[Array, " N"], k: int, key: Key[Array, ""]) -> Int[Array, " K"]:
@@ -40,14 +44,14 @@ def top_k(scores: Float[Array, " N"], k: int) -> Int[Array, " K"]:
 
 
 def boltzmann(
-    scores: Float[Array, " N"], k: int, *, temperature: float, key: Key[Array, ""]
+    scores: Float[Array, " N"], k: int, *, temperature: Temperature, key: Key[Array, ""]
 ) -> tuple[Int[Array, " K"], Float[Array, " N"]]:
     """Draw k positions without replacement with probability proportional to exp(score / temperature).
 
     Args:
       scores: [N]; -inf is never preferred to a finite score.
       k: how many.
-      temperature: a Python number. 0 = the k largest, the earlier of equal ones; infinite = uniform.
+      temperature: a Python number: 0 = the k largest, the earlier of equal ones; infinite = uniform. Or an array.
       key: typed key.
 
     Returns:
@@ -56,13 +60,70 @@ def boltzmann(
     Raises:
       UserError: the temperature is negative or NaN, or k is not between 1 and N.
     """
-    if not temperature >= 0:
-        raise UserError(f"selection.temperature = {temperature}: must be at least 0 (0 = top-k, .inf = random)")
-    if temperature == 0:
+    check_temperature(temperature)
+    if is_number(temperature, 0):
         indices = top_k(scores, k)
         return indices, jnp.zeros_like(scores).at[indices].set(1.0 / k)
-    logits = _flat(scores) if math.isinf(temperature) else scores / temperature
+    logits = tempered(scores, temperature)
     return gumbel_top_k(logits, k, key), jax.nn.softmax(logits)
+
+
+def one_by_one(
+    scores: Float[Array, " N"], takes: Float[Array, "N N"], k: int, *, temperature: Temperature, key: Key[Array, ""]
+) -> tuple[Int[Array, " K"], Float[Array, " N"]]:
+    """Draw k positions one after the other, each draw taking from the scores of those that remain.
+
+    Draw t takes i with probability proportional to exp((score_i - sum over chosen j of takes_ij) / temperature), over
+    those not chosen yet, by Gumbel noise that is fresh at every draw: noise drawn once would not give this law where
+    scores change.
+
+    Args:
+      scores: [N]; -inf is never preferred to a finite score.
+      takes: [N, N], what choosing j takes from the score of i.
+      temperature: as for `boltzmann`; 0 = greedy.
+
+    Returns:
+      (int32[K] sorted positions, [N] what had been taken from each score when it was chosen, or at the end).
+
+    Raises:
+      UserError: the temperature is negative or NaN, or k is not between 1 and N.
+    """
+    check_size(scores.shape[0], k)
+    check_temperature(temperature)
+
+    def draw(t: Any, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        chosen, taken, order = state
+        pick = jnp.argmax(ranking(scores - taken, chosen, temperature=temperature, key=jax.random.fold_in(key, t)))
+        chosen = chosen.at[pick].set(True)
+        return chosen, jnp.where(chosen, taken, taken + takes[:, pick]), order.at[t].set(pick)
+
+    start = (jnp.zeros(scores.shape, bool), jnp.zeros_like(scores), jnp.zeros((k,), jnp.int32))
+    _, taken, order = jax.lax.fori_loop(0, k, draw, start)
+    return jnp.sort(order), taken
+
+
+def ranking(
+    scores: Float[Array, " N"], chosen: Bool[Array, " N"], *, temperature: Temperature, key: Key[Array, ""]
+) -> Float[Array, " N"]:
+    """Noisy logits whose largest are the next draws; not-finite scores rank below all others, chosen ones are -inf."""
+    if is_number(temperature, 0):
+        noisy = scores
+    else:
+        noisy = tempered(scores, temperature) + jax.random.gumbel(key, scores.shape, scores.dtype)
+    last = jnp.where(jnp.isfinite(noisy), noisy, -jnp.finfo(scores.dtype).max)
+    return jnp.where(chosen, -jnp.inf, last)
+
+
+def tempered(scores: Float[Array, " N"], temperature: Temperature) -> Float[Array, " N"]:
+    """Logits of the law exp(score / temperature); infinite = all finite ones alike."""
+    if is_number(temperature, math.inf):
+        return jnp.where(scores > -jnp.inf, 0.0, -jnp.inf).astype(scores.dtype)
+    return scores / temperature
+
+
+def check_temperature(temperature: Temperature) -> None:
+    if not isinstance(temperature, jax.Array) and not temperature >= 0:
+        raise UserError(f"selection.temperature = {temperature}: must be at least 0 (0 = top-k, .inf = random)")
 
 
 def check_size(candidates: int, k: int) -> None:
@@ -70,5 +131,6 @@ def check_size(candidates: int, k: int) -> None:
         raise UserError(f"cannot select {k} of {candidates} candidates: k must be between 1 and {candidates}")
 
 
-def _flat(scores: Float[Array, " N"]) -> Float[Array, " N"]:
-    return jnp.where(scores == -jnp.inf, -jnp.inf, 0.0).astype(scores.dtype)
+def is_number(temperature: Temperature, value: float | int) -> bool:
+    """Whether the temperature is known to be this value before the program runs."""
+    return not isinstance(temperature, jax.Array) and temperature == value

@@ -14,23 +14,25 @@ from opus_jax.influence.audit import rank_agreement
 from opus_jax.models.loss import row_losses
 from opus_jax.models.presets import ModelSpec
 from opus_jax.optim.optimizers import Optimizer
+from opus_jax.training.batches import Batch, batch_axes
+from opus_jax.training.scoring import Chooser
 from opus_jax.training.state import TrainState
-from opus_jax.training.step import Batch, batch_axes, score_rows, selection_direction
 
 WARN_BELOW = 0.8
 
 
 def make_audit(spec: ModelSpec, optimizer: Optimizer, config: Config, mesh: Mesh) -> Any:
     """Build `audit(state, candidates, proxy) -> Float[""]`: Spearman's rank correlation, over a few candidates, between
-    the configured engine's utilities on its window and per-example gradients of whole rows."""
+    the configured engine's utilities, on its window and parameters, and per-example gradients of whole rows."""
 
     @jax.jit
     def audit(state: TrainState, candidates: Batch, proxy: Batch) -> Float[Array, ""]:
         key = jax.random.fold_in(state.key, state.step)
-        _, v, _ = selection_direction(spec, optimizer, config, state, candidates, proxy, key)
+        chooser = Chooser(spec, optimizer, config, state, candidates, proxy)
+        _, v, _ = chooser.direction(key)
         count = config.selection.audit_rows
         rows = {name: constrain(x[:count], batch_axes(x)) for name, x in candidates.items()}
-        engine = score_rows(spec, config, state.params, v, rows, chunk=None)
+        engine = chooser.score(v, key, rows)
         oracle = per_example.utilities(partial(row_losses, spec), state.params, v, rows, chunk=1)
         return rank_agreement(engine, oracle)
 

@@ -9,7 +9,8 @@ import jax
 from jax.sharding import Mesh
 
 from opus_jax.config import Config
-from opus_jax.data.plan import Plan, initial_plan
+from opus_jax.data.buffers import Buffers, every_step
+from opus_jax.data.plan import Plan
 from opus_jax.data.prepare import prepare
 from opus_jax.data.proxy_rows import proxy_plan, target_domains
 from opus_jax.data.records import Manifest, RowReader
@@ -21,8 +22,11 @@ from opus_jax.models import transformer
 from opus_jax.models.presets import ModelSpec, resolve
 from opus_jax.optim.optimizers import Optimizer, make_optimizer
 from opus_jax.training.audit import make_audit
+from opus_jax.training.offer import Reader, candidate_reader, first_plan, make_steering
+from opus_jax.training.scoring import SCORING_METHODS, is_directed
 from opus_jax.training.state import TrainState, abstract_state
-from opus_jax.training.step import Step, is_directed, make_step
+from opus_jax.training.steering import Steering
+from opus_jax.training.step import Step, make_step
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,20 @@ class Parts:
     spec: ModelSpec
     optimizer: Optimizer
     mesh: Mesh
+    progress: bool = True
 
     @cached_property
     def step(self) -> Step:
         return make_step(self.spec, self.optimizer, self.config, self.mesh)
+
+    @cached_property
+    def update_step(self) -> Step:
+        """The step that does not choose: for warm starts, and between two scorings."""
+        return make_step(self.spec, self.optimizer, self.config, self.mesh, chooses=False)
+
+    @property
+    def buffers(self) -> Buffers:
+        return buffers_of(self.config)
 
     @cached_property
     def audit(self) -> Any:
@@ -69,8 +83,24 @@ class Parts:
     def abstract_state(self) -> TrainState:
         return abstract_state(self.spec, self.optimizer, self.mesh, directed=self.directed)
 
+    def reader(self, split: str) -> RowReader:
+        return RowReader(self.records, split)
+
+    @cached_property
+    def candidate_reader(self) -> Reader:
+        """Rows of the training split, and of the proxy where these are trained on too."""
+        return candidate_reader(self.records, self.manifest, self.config)
+
     def candidate_plan(self) -> Plan:
-        return initial_plan(self.manifest, self.config)
+        """The plan of step 0."""
+        return first_plan(self.candidate_reader, self.records, self.manifest, self.config)
+
+    def steering(self) -> Steering:
+        """The plans of a run that begins."""
+        plan, reader = self.candidate_plan(), self.candidate_reader
+        return make_steering(
+            plan, reader, self.records, self.manifest, self.config, self.buffers, progress=self.progress
+        )
 
     def proxy_plan(self) -> Plan:
         return proxy_plan(self.manifest, self.config)
@@ -89,13 +119,21 @@ def build(config: Config, *, progress: bool = True) -> Parts:
     manifest = Manifest.load(records)
     tokenizer = load_tokenizer(records)
     spec = resolve(config.model, tokenizer.vocab_size, config.corpus.row_tokens)
-    return Parts(config, records, manifest, tokenizer, spec, optimizer_for(spec, config), mesh)
+    return Parts(config, records, manifest, tokenizer, spec, optimizer_for(spec, config), mesh, progress)
 
 
 def optimizer_for(spec: ModelSpec, config: Config) -> Optimizer:
     """The configured optimizer, fitted to the model's parameters."""
     shapes = jax.eval_shape(lambda: transformer.init(spec, jax.random.key(0)))
     return make_optimizer(config.optimizer, config.run.steps, shapes)
+
+
+def buffers_of(config: Config) -> Buffers:
+    """How many rows each step takes: methods that score choose after the warm start, every `select_every` steps."""
+    selection = config.selection
+    if selection.method not in SCORING_METHODS:
+        return every_step(config.candidates)
+    return Buffers(config.candidates, config.batch.rows, selection.warm_start_steps, selection.select_every)
 
 
 def check_rows(config: Config, mesh: Mesh) -> None:

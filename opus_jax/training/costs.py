@@ -1,7 +1,8 @@
 """What a step costs, in FLOPs: analytic matrix products and attention, a multiply-add counted as two.
 
 F is one forward pass of one row. Training costs 3F per row whatever is recomputed by remat; scoring by forward mode
-costs 3F per scored row of the window's length. The optimizer's own arithmetic is not counted, the direction's is.
+costs F and twice the part of F whose parameters move, per scored row of the window's length. The optimizer's own
+arithmetic is not counted, the direction's is.
 """
 
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from dataclasses import dataclass
 import jax
 
 from opus_jax.config import Config
+from opus_jax.data.buffers import Buffers
 from opus_jax.models import transformer
-from opus_jax.models.flops import forward_flops
+from opus_jax.models.flops import difference_flops, forward_flops, moving_flops
 from opus_jax.models.presets import ModelSpec
-from opus_jax.training.step import is_directed
+from opus_jax.training.scoring import LOSS_METHODS, is_directed
 
 NEWTON_SCHULZ_STEPS = 5
 
@@ -25,41 +27,88 @@ class StepCosts:
     proxy: int  # of a step that refreshes the proxy gradient
     direction: int
     scoring: int
+    redundancy: int
     audit: int
 
-    def selection(self, step: int, config: Config) -> int:
-        """Scoring, proxy and direction at a step (counted from 0)."""
-        warm = config.selection.warm_start_steps
-        if step < warm:
+    def selection(self, step: int, config: Config, buffers: Buffers) -> int:
+        """Proxy, direction, scoring and redundancy at a step (counted from 0)."""
+        if not buffers.chooses(step):
             return 0
-        refreshes = (step - warm) % config.proxy.refresh == 0
-        first_reference = self.update if is_directed(config) and warm == 0 and step == 0 else 0
-        return self.direction + self.scoring + self.proxy * refreshes + first_reference
+        settings = config.selection
+        refreshes = (step - buffers.first) // buffers.every % config.proxy.refresh == 0
+        references = is_directed(config) and settings.warm_start_steps == 0 and step == 0
+        return self.direction + self.scoring + self.redundancy + self.proxy * refreshes + self.update * int(references)
 
 
 def step_costs(spec: ModelSpec, config: Config) -> StepCosts:
     """Costs of one step of a configured run."""
     row = forward_flops(spec, config.corpus.row_tokens)
-    windowed = forward_flops(spec, config.selection.window or config.corpus.row_tokens)
-    directed = is_directed(config)
-    per_scored_row = {"opus": 3 * windowed, "high_loss": windowed}.get(config.selection.method, 0)
-    direction = _direction_flops(spec, config) if directed else 0
+    settings, directed = config.selection, is_directed(config)
+    scored_row = _scored_row(spec, config)
+    direction = _direction_flops(spec, config) if settings.method == "opus" else 0
     proxy = 3 * row * config.proxy.rows if directed else 0
     return StepCosts(
         update=3 * row * config.batch.rows,
         proxy=proxy,
         direction=direction,
-        scoring=per_scored_row * config.candidates,
-        audit=proxy + direction + 3 * (windowed + row) * config.selection.audit_rows if directed else 0,
+        scoring=scored_row * config.candidates,
+        redundancy=_redundancy_flops(spec, config, scored_row, direction),
+        audit=proxy + direction + (scored_row + 3 * row) * settings.audit_rows if settings.method == "opus" else 0,
     )
+
+
+def _scored_row(spec: ModelSpec, config: Config) -> int:
+    """FLOPs of scoring one candidate."""
+    settings = config.selection
+    tokens = settings.window or config.corpus.row_tokens
+    forward = forward_flops(spec, tokens)
+    if settings.method in LOSS_METHODS:
+        return forward
+    if settings.method in ("paper", "greats"):
+        return forward + 2 * moving_flops(spec, tokens, "blocks")
+    if settings.method != "opus":
+        return 0
+    if settings.engine == "directional" and settings.derivative == "difference":
+        return difference_flops(spec, tokens, settings.parameters)
+    return forward + 2 * moving_flops(spec, tokens, settings.parameters)
+
+
+def _redundancy_flops(spec: ModelSpec, config: Config, scored_row: int, direction: int) -> int:
+    """Rounds: the chosen rows' gradients, a direction and a scoring each. Gram: per-example gradients and products."""
+    settings, candidates = config.selection, config.candidates
+    gram = 2 * candidates**2
+    if settings.method == "greats":
+        return gram * _block_parameters(spec)
+    if settings.method == "paper":  # inner products of sketches; hashing is no matrix product
+        return gram * min(_block_parameters(spec), 8192 * _block_matrices(spec))
+    if settings.method != "opus" or not settings.redundancy:
+        return 0
+    row = forward_flops(spec, settings.window or config.corpus.row_tokens)
+    if settings.engine == "per_example":
+        return candidates * (3 * row + direction) + gram * transformer.parameter_count(spec)
+    chosen = 3 * row * config.batch.rows // settings.redundancy_rounds
+    return (settings.redundancy_rounds - 1) * (chosen + direction + scored_row * candidates)
+
+
+def _block_parameters(spec: ModelSpec) -> int:
+    return sum(layers * a * b for layers, a, b in _kernels(spec))
+
+
+def _block_matrices(spec: ModelSpec) -> int:
+    return sum(layers for layers, _, _ in _kernels(spec))
+
+
+def _kernels(spec: ModelSpec) -> list[tuple[int, ...]]:
+    """[L, in, out] of the blocks' matrices."""
+    shapes = jax.eval_shape(lambda: transformer.init(spec, jax.random.key(0)))
+    return [x.shape for x in jax.tree.leaves(shapes["blocks"]) if x.ndim == 3]
 
 
 def _direction_flops(spec: ModelSpec, config: Config) -> int:
     """Only Muon's direction has matrix products: Newton-Schulz forward and backward, or the one-step S."""
     if config.optimizer.name != "muon" or config.selection.direction in ("identity", "adamw_frozen"):
         return 0
-    shapes = jax.eval_shape(lambda: transformer.init(spec, jax.random.key(0)))
-    kernels = [x.shape for x in jax.tree.leaves(shapes["blocks"]) if x.ndim == 3]
+    kernels = _kernels(spec)
     if config.selection.direction == "muon_frozen":
         return sum(layers * _frozen_factor(a, b) for layers, a, b in kernels)
     return sum(3 * NEWTON_SCHULZ_STEPS * layers * _newton_schulz(min(a, b), max(a, b)) for layers, a, b in kernels)

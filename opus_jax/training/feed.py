@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opus_jax.distributed.axes import sharding
-from opus_jax.training.step import Batch
+from opus_jax.training.batches import Batch
 
 DEVICE_FIELDS = {"tokens": np.int32, "segment_ids": np.int32, "loss_mask": np.float32}
 

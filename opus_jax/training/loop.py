@@ -15,15 +15,15 @@ from typing import Any
 import jax
 
 from opus_jax.config import Config
-from opus_jax.data.buffers import every_step
+from opus_jax.data.buffers import Buffers, every_step
 from opus_jax.data.candidates import CandidateStream
 from opus_jax.data.plan import Plan
-from opus_jax.data.records import RowReader
 from opus_jax.errors import InterruptedRunError, UserError
 from opus_jax.models.transformer import parameter_count
-from opus_jax.training.build import Parts, build
+from opus_jax.training.build import Parts, buffers_of, build
 from opus_jax.training.checkpoint import Checkpoints
 from opus_jax.training.costs import step_costs
+from opus_jax.training.decisions import describe
 from opus_jax.training.feed import Fed, Feed
 from opus_jax.training.first_weights import first_weights
 from opus_jax.training.interrupt import stop_signals
@@ -39,6 +39,7 @@ from opus_jax.training.run_folder import (
 )
 from opus_jax.training.selection_log import SelectionLog
 from opus_jax.training.state import TrainState, init_state
+from opus_jax.training.steering import Steering
 from opus_jax.training.totals import Totals
 
 
@@ -54,12 +55,12 @@ def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
     refuse_changed_config(folder, config)
     parts = build(config, progress=progress)
     with open_run_folder(folder, config), _checkpoints(folder, config) as checkpoints, stop_signals() as stop:
-        state, plan, totals = _start(parts, checkpoints)
+        state, steering, totals = _start(parts, checkpoints)
         write_records_place(folder, parts.records, parts.manifest.fingerprint)
         if int(state.step) == config.run.steps and (summary := read_summary(folder)) is not None:
             return summary
-        with _logs(parts, folder, int(state.step), totals, progress) as recorder:
-            _run(parts, checkpoints, recorder, state, plan, stop)
+        with _logs(parts, folder, int(state.step), totals, steering, progress) as recorder:
+            _run(parts, checkpoints, recorder, state, stop)
         summary = _summary(parts, totals)
         if jax.process_index() == 0:
             write_summary(folder, summary)
@@ -70,8 +71,9 @@ def _checkpoints(folder: Path, config: Config) -> Checkpoints:
     return Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, best=config.checkpoint.best)
 
 
-def _start(parts: Parts, checkpoints: Checkpoints) -> tuple[TrainState, Plan, Totals]:
+def _start(parts: Parts, checkpoints: Checkpoints) -> tuple[TrainState, Steering, Totals]:
     """The newest good checkpoint, or a fresh state."""
+    steering = parts.steering()
     restored = checkpoints.restore(parts.abstract_state())
     if restored is not None:
         _, state, data, meta = restored
@@ -80,15 +82,18 @@ def _start(parts: Parts, checkpoints: Checkpoints) -> tuple[TrainState, Plan, To
                 f"{parts.config.run.dir} was trained on records {meta['records']}, but the corpus now gives "
                 f"{parts.manifest.fingerprint}: restore the corpus, or choose another run.dir"
             )
-        return state, Plan.from_arrays(data), Totals.from_mapping(meta["totals"])
+        steering.restore(data)
+        return state, steering, Totals.from_mapping(meta["totals"])
     config = parts.config
     params = first_weights(parts) if config.model.init_from else None
     state = init_state(parts.spec, parts.optimizer, config.run.seed, parts.mesh, directed=parts.directed, params=params)
-    return state, parts.candidate_plan(), Totals.start(len(parts.manifest.domains))
+    return state, steering, Totals.start(len(parts.manifest.domains))
 
 
 @contextmanager
-def _logs(parts: Parts, folder: Path, step: int, totals: Totals, progress: bool) -> Iterator[Recorder]:
+def _logs(
+    parts: Parts, folder: Path, step: int, totals: Totals, steering: Steering, progress: bool
+) -> Iterator[Recorder]:
     """Every process keeps the same totals; only process 0 writes."""
     config, writes = parts.config, jax.process_index() == 0
     chooses = config.selection.method != "none"
@@ -98,31 +103,36 @@ def _logs(parts: Parts, folder: Path, step: int, totals: Totals, progress: bool)
         log = open_files.enter_context(closing(SelectionLog(folder, resume_step=step))) if logged else None
         bar = open_files.enter_context(Progress(config.run.steps, step, enabled=progress and writes))
         domains = list(parts.manifest.domains)
-        yield Recorder(config, domains, step_costs(parts.spec, config), totals, writer, log, bar)
+        if writes:
+            steering.write_decisions(folder, step, describe(domains))
+        yield Recorder(config, domains, step_costs(parts.spec, config), totals, steering, writer, log, bar)
 
 
-def _run(
-    parts: Parts, checkpoints: Checkpoints, recorder: Recorder, state: TrainState, plan: Plan, stop: threading.Event
-) -> None:
+def _run(parts: Parts, checkpoints: Checkpoints, recorder: Recorder, state: TrainState, stop: threading.Event) -> None:
     """All remaining steps."""
-    config, first = parts.config, int(state.step)
+    config, first, buffers = parts.config, int(state.step), parts.buffers
     clock = _Clock(recorder.totals)
-    candidates = Feed(_stream(parts, "train", plan, config.candidates, first), parts.mesh)
+    candidates = Feed(_candidates(parts, recorder.steering, first), parts.mesh)
     proxies = _Proxies(parts, first) if parts.directed else None
+    compiled: set[bool] = set()
     pending: Done | None = None
     for step in range(first + 1, config.run.steps + 1):
         fed = candidates.take()
-        proxy = proxies.at(step - 1) if proxies else None
+        chooses = buffers.chooses(step - 1)
+        proxy = proxies.at(step - 1) if proxies and chooses else None
         audited = proxy is not None and _audited(config, step)
         if pending is not None and audited:  # an audit's time is not the earlier step's
             recorder.record(pending)
             pending = None
         audit = parts.audit(state, fed.device, proxy.device) if audited and proxy else None
-        state, metrics = parts.step(state, fed.device, proxy.device if proxy else None)
+        advance = parts.step if chooses else parts.update_step
+        state, metrics = advance(state, fed.device, proxy.device if proxy else None)
         if pending is not None:
             recorder.record(pending)
         checkpoints.check()
-        pending = Done(step, fed.host, metrics, audit, candidates.waited, timed=step > first + 1 and not audited)
+        timed = chooses in compiled and not audited
+        compiled.add(chooses)
+        pending = Done(step, fed.host, metrics, audit, candidates.waited, timed)
         if step < config.run.steps:
             candidates.ahead()
         last, stopping = step == config.run.steps, stop.is_set()  # asked once: what is said must be what was done
@@ -136,7 +146,7 @@ def _run(
             recorder.evaluated(step, *parts.evaluate_target(state.params))
         if save:
             clock.stamp()
-            _save(parts, checkpoints, recorder, state, plan, evaluated=evaluate)
+            _save(parts, checkpoints, recorder, state, evaluated=evaluate)
         recorder.restart_clock()
         if stopping and not last:
             checkpoints.wait()
@@ -148,9 +158,10 @@ def _run(
 
 
 def _audited(config: Config, step: int) -> bool:
-    """Audits begin with the first scored step and come back every `audit_every` steps."""
+    """Audits begin with the first scored step and come back with the first one after every `audit_every` steps."""
     every, scored = config.selection.audit_every, step - 1 - config.selection.warm_start_steps
-    return bool(every) and scored >= 0 and scored % every == 0
+    due = bool(every) and scored % every < config.selection.select_every
+    return due and config.selection.method == "opus" and buffers_of(config).chooses(step - 1)
 
 
 class _Clock:
@@ -169,14 +180,16 @@ class _Proxies:
     """Proxy rows: a new batch at every refresh, the same rows in between."""
 
     def __init__(self, parts: Parts, first: int):
-        config = parts.config
-        self._refresh, self._warm = config.proxy.refresh, config.selection.warm_start_steps
+        rows = every_step(parts.config.proxy.rows)
+        self._refresh, self._buffers = parts.config.proxy.refresh, parts.buffers
         turn = self._turn(first)
-        self._feed = Feed(_stream(parts, "proxy", parts.proxy_plan(), config.proxy.rows, turn), parts.mesh)
+        self._feed = Feed(_stream(parts, parts.reader("proxy"), parts.proxy_plan(), rows, turn), parts.mesh)
         self._held, self._held_turn = self._feed.take(), turn
 
     def _turn(self, step: int) -> int:
-        return max(step - self._warm, 0) // self._refresh
+        """Refreshes before the scoring at this step, or the next one after it."""
+        scored = -((self._buffers.first - step) // self._buffers.every)
+        return max(scored, 0) // self._refresh
 
     def at(self, step: int) -> Fed:
         """Rows of a step, counted from 0."""
@@ -185,16 +198,25 @@ class _Proxies:
         return self._held
 
 
-def _stream(parts: Parts, split: str, plan: Plan, rows: int, start: int) -> CandidateStream:
+def _candidates(parts: Parts, steering: Steering, first: int) -> Iterator[dict[str, Any]]:
+    """Candidate rows from step `first` on, by the plan in force: a new stream where a new plan may begin."""
+    step, reader = first, parts.candidate_reader
+    while True:
+        plan, end = steering.plan_at(step)
+        with closing(_stream(parts, reader, plan, parts.buffers, step)) as stream:
+            while end is None or step < end:
+                yield next(stream)
+                step += 1
+
+
+def _stream(parts: Parts, reader: Any, plan: Plan, buffers: Buffers, start: int) -> CandidateStream:
     return CandidateStream(
-        RowReader(parts.records, split), plan, parts.config.run.seed, every_step(rows),
+        reader, plan, parts.config.run.seed, buffers,
         start_step=start, process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
 
 
-def _save(
-    parts: Parts, checkpoints: Checkpoints, recorder: Recorder, state: TrainState, plan: Plan, *, evaluated: bool
-) -> None:
+def _save(parts: Parts, checkpoints: Checkpoints, recorder: Recorder, state: TrainState, *, evaluated: bool) -> None:
     recorder.flush()
     meta = {
         "totals": recorder.totals.to_mapping(),
@@ -202,7 +224,7 @@ def _save(
         "tokenizer": parts.manifest.tokenizer_hash,
     }
     target = recorder.totals.target_bits_per_byte if evaluated else None  # an older figure is not this step's
-    checkpoints.save(int(state.step), state, plan.to_arrays(), meta, target)
+    checkpoints.save(int(state.step), state, recorder.steering.to_arrays(), meta, target)
 
 
 def _summary(parts: Parts, totals: Totals) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from opus_jax.distributed.mesh import make_mesh
 from opus_jax.distributed.topology import absent_devices, parse_topology
 from opus_jax.errors import UserError
 from opus_jax.models.presets import ModelSpec, resolve
+from opus_jax.training.batches import abstract_batch
 from opus_jax.training.build import check_rows, optimizer_for
+from opus_jax.training.scoring import is_directed
 from opus_jax.training.state import abstract_state
-from opus_jax.training.step import abstract_batch, is_directed, make_step
+from opus_jax.training.step import make_step
 
 
 def lower_step(config: Config, devices: list[Any]) -> Any:

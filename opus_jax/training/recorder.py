@@ -15,14 +15,18 @@ from opus_jax.training.audit import WARN_BELOW
 from opus_jax.training.costs import StepCosts
 from opus_jax.training.metrics import MetricsWriter
 from opus_jax.training.progress import Progress
+from opus_jax.training.scoring import SCORING_METHODS
 from opus_jax.training.selection_log import SelectionLog
-from opus_jax.training.step import SCORING_METHODS
+from opus_jax.training.steering import Steering
 from opus_jax.training.totals import Totals
 
 
 @dataclass(frozen=True)
 class Done:
-    """A dispatched step whose results have not been looked at yet. `step` counts completed updates, from 1."""
+    """A dispatched step whose results have not been looked at yet. `step` counts completed updates, from 1.
+
+    Where a step did not choose, its metrics have no `selected` and no `utility`: every row was trained on.
+    """
 
     step: int
     host: Mapping[str, np.ndarray]  # the candidate rows
@@ -33,14 +37,15 @@ class Done:
 
 
 class Recorder:
-    """Writes the logs of a run; `record` blocks until the step it is given has finished on the devices."""
+    """Writes the logs of a run and tells the steering what was scored; `record` blocks until the step it is given has
+    finished on the devices."""
 
     def __init__(
-        self, config: Config, domains: list[str], costs: StepCosts, totals: Totals,
+        self, config: Config, domains: list[str], costs: StepCosts, totals: Totals, steering: Steering,
         writer: MetricsWriter | None, log: SelectionLog | None, progress: Progress,
     ):  # fmt: skip
         self.config, self.domains, self.costs, self.totals = config, domains, costs, totals
-        self.writer, self.log, self.progress = writer, log, progress
+        self.steering, self.writer, self.log, self.progress = steering, writer, log, progress
         self._finished = time.perf_counter()
 
     def restart_clock(self) -> None:
@@ -55,12 +60,15 @@ class Recorder:
 
     def record(self, done: Done) -> None:
         metrics = {name: np.asarray(value) for name, value in jax.device_get(dict(done.metrics)).items()}
+        scored = "utility" in metrics and self.config.selection.method in SCORING_METHODS
+        metrics = _of_all_rows(len(done.host["domain_id"])) | metrics
         seconds = time.perf_counter() - self._finished
         self._finished += seconds
         self._count(done, metrics, seconds)
+        self._steer(done, metrics, scored)
         if self.log is not None:
-            self.log.write(done.step, _log_columns(done.host, metrics, self._scores(done.step)))
-        line = self._line(done, metrics, seconds)
+            self.log.write(done.step, _log_columns(done.host, metrics, scored))
+        line = self._line(done, metrics, seconds, scored)
         due = done.step % self.config.run.log_every == 0 or done.step == self.config.run.steps
         if due or done.audit is not None:
             self._write(line)
@@ -78,9 +86,12 @@ class Recorder:
         self._write({"step": step, "bits_per_byte": bits, "target_bits_per_byte": target} | self._totals())
         self.progress.evaluated(step, bits, target)
 
-    def _scores(self, step: int) -> bool:
-        selection = self.config.selection
-        return selection.method in SCORING_METHODS and step > selection.warm_start_steps
+    def _steer(self, done: Done, metrics: dict[str, Any], scored: bool) -> None:
+        """Hand the step's signal to what decides the next plan."""
+        if self.config.feedback.signal == "odm":
+            self.steering.record(done.step - 1, metrics["row_loss"], done.host, metrics["indices"])
+        else:
+            self.steering.record(done.step - 1, metrics["utility"] if scored else None, done.host)
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.writer is not None:
@@ -91,7 +102,7 @@ class Recorder:
         totals.update_tokens += tokens
         totals.seen_tokens += int(done.host["loss_mask"].sum())
         totals.update_flops += self.costs.update
-        totals.selection_flops += self.costs.selection(done.step - 1, self.config)
+        totals.selection_flops += self.costs.selection(done.step - 1, self.config, self.steering.buffers)
         totals.audit_flops += self.costs.audit if done.audit is not None else 0
         if done.timed:
             totals.timed_tokens += tokens
@@ -101,7 +112,7 @@ class Recorder:
         totals.loss_digest = digest.extend(totals.loss_digest, np.float32(metrics["loss"]).tobytes())
         totals.batch_digest = digest.extend(totals.batch_digest, ids.tobytes())
 
-    def _line(self, done: Done, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def _line(self, done: Done, metrics: dict[str, Any], seconds: float, scored: bool) -> dict[str, Any]:
         chosen = np.asarray(done.host["domain_id"])[metrics["selected"]]
         share = np.bincount(chosen, minlength=len(self.domains)) / max(len(chosen), 1)
         line = {
@@ -111,13 +122,14 @@ class Recorder:
             "grad_norm": float(metrics["grad_norm"]),
             "tokens_per_second": int(metrics["update_tokens"]) / max(seconds, 1e-9),
             "data_wait_seconds": done.waited,
-            "utility_mean": float(metrics["utility"].mean(dtype=np.float64)),
-            "utility_sd": float(metrics["utility"].std(dtype=np.float64)),
+            "utility_mean": float(metrics["utility"].mean(dtype=np.float64)) if scored else None,
+            "utility_sd": float(metrics["utility"].std(dtype=np.float64)) if scored else None,
+            "temperature": float(metrics["temperature"]) if scored else None,
             "selected_share": dict(zip(self.domains, share.tolist(), strict=True)),
             "selected_at_random": bool(metrics["selected_at_random"]),
             "nonfinite_direction": int(metrics["nonfinite_direction"]),
         }
-        if line["selected_at_random"] and self._scores(done.step):
+        if line["selected_at_random"] and scored:
             self.progress.warn(f"step {done.step}: all utilities are equal, so the rows were chosen at random")
         if done.audit is not None:
             line["audit_rank_agreement"] = agreement = float(done.audit)
@@ -141,5 +153,16 @@ class Recorder:
 def _log_columns(host: Mapping[str, np.ndarray], metrics: dict[str, Any], scored: bool) -> dict[str, np.ndarray]:
     """Columns of the selection log; where nothing was scored, utilities are null."""
     columns = {name: np.asarray(host[name]) for name in ("example_id", "domain_id")}
-    named = ("utility", "z", "probability", "selected") if scored else ("probability", "selected")
+    named = ("utility", "z", "probability", "redundancy", "selected") if scored else ("probability", "selected")
     return columns | {name: metrics[name] for name in named}
+
+
+def _of_all_rows(rows: int) -> dict[str, np.ndarray]:
+    """What a step that trains on all its rows would have said of its choice."""
+    return {
+        "selected": np.ones(rows, bool),
+        "indices": np.arange(rows),
+        "probability": np.ones(rows, np.float32),
+        "selected_at_random": np.asarray(True),
+        "nonfinite_direction": np.asarray(0),
+    }

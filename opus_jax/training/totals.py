@@ -16,7 +16,7 @@ class Totals:
     update_tokens: int = 0
     seen_tokens: int = 0
     update_flops: int = 0
-    selection_flops: int = 0  # scoring + proxy + direction
+    selection_flops: int = 0  # scoring + proxy + direction + redundancy
     audit_flops: int = 0
     wall_seconds: float = 0.0
     timed_tokens: int = 0  # update tokens of the steps counted in timed_seconds

@@ -15,7 +15,7 @@ from opus_jax.data.documents_table import read_columns
 from opus_jax.data.records import Manifest, RowReader
 from opus_jax.data.tokenizer import load_tokenizer
 from opus_jax.distributed.mesh import make_mesh
-from opus_jax.errors import UserError
+from opus_jax.errors import ConfigError, UserError
 from opus_jax.evaluation.bits_per_byte import Evaluator, make_evaluator, spread
 from opus_jax.models import transformer
 from opus_jax.models.presets import ModelSpec
@@ -127,3 +127,10 @@ def test_target_is_bits_over_bytes_of_the_domains(records: Path, whole: Evaluato
 def test_target_without_text_is_refused(whole: Evaluator) -> None:
     with pytest.raises(UserError, match="no validation text in poems; there is some in plain"):
         whole.target({"plain": 2.0}, ["poems"])
+
+
+def test_only_the_wanted_domains_are_measured(records: Path, params: dict, measured: dict) -> None:
+    one = evaluator(records, domains=["plain"])
+    assert one(params) == pytest.approx({"plain": measured["plain"]}, rel=1e-6)
+    with pytest.raises(ConfigError, match=r"evaluation.domains = .*plian.*nearest is 'plain'"):
+        evaluator(records, domains=["plian"])

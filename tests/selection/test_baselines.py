@@ -22,6 +22,8 @@ def test_one_interface_under_jit(name):
         "probability": (16,),
         "degenerate": (),
         "nonfinite": (),
+        "redundancy": (16,),
+        "temperature": (),
     }
     assert float(diagnostics["probability"].sum()) == pytest.approx(1, rel=1e-5)
 

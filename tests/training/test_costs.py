@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from opus_jax.config import Config, from_mapping
@@ -17,10 +18,13 @@ from opus_jax.models import transformer
 from opus_jax.models.loss import row_losses
 from opus_jax.models.presets import ModelSpec, resolve
 from opus_jax.optim.preconditioner import direction_with_report
-from opus_jax.training.build import optimizer_for
+from opus_jax.training.batches import abstract_batch, window
+from opus_jax.training.build import buffers_of, optimizer_for
 from opus_jax.training.costs import StepCosts, step_costs
-from opus_jax.training.state import abstract_state
-from opus_jax.training.step import abstract_batch, make_step, mean_gradient, score_rows, window
+from opus_jax.training.scoring import Chooser
+from opus_jax.training.state import TrainState, abstract_state
+from opus_jax.training.step import make_step
+from opus_jax.training.update import mean_gradient
 
 TOKENS, VOCABULARY = 64, 512
 MUON = "optimizer.name=muon"
@@ -58,6 +62,13 @@ def flops(lowered: Any) -> float:
     return lowered.compile().cost_analysis()["flops"]
 
 
+def scored(parts: Parts, params: Any, v: Any, rows: Any) -> Any:
+    """Utilities as the step computes them."""
+    state = TrainState(jnp.int32(5), params, None, None, None, jax.random.key(0))
+    chooser = Chooser(parts.spec, parts.optimizer, parts.config, state, rows, None)
+    return chooser.score(v, jax.random.key(1), rows)
+
+
 def compiled(function: Any, *shapes: Any) -> float:
     return flops(jax.jit(function).lower(*shapes))
 
@@ -71,12 +82,22 @@ def test_a_plain_step_costs_three_forward_passes_of_its_rows(override: str) -> N
     assert (parts.costs.proxy, parts.costs.direction, parts.costs.scoring, parts.costs.audit) == (0, 0, 0, 0)
 
 
-@pytest.mark.parametrize("override", ["selection.ratio=0.25", "selection.window=32", "selection.engine=per_example"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "selection.ratio=0.25",
+        "selection.window=32",
+        "selection.engine=per_example",
+        "selection.derivative=difference",
+        "selection.parameters=blocks",
+        "selection.parameters=top_half",
+    ],
+)
 def test_scoring_costs_three_forward_passes_of_the_windows(override: str) -> None:
     parts = Parts(override)
 
     def score(params: Any, v: Any, rows: Any) -> Any:
-        return score_rows(parts.spec, parts.config, params, v, rows, chunk=None)
+        return scored(parts, params, v, rows)
 
     counted = compiled(score, parts.params, parts.params, parts.rows(parts.config.candidates))
     assert counted == pytest.approx(parts.costs.scoring, rel=0.05)
@@ -122,7 +143,7 @@ def test_an_audit_scores_windows_and_checks_them_on_whole_rows() -> None:
     parts = Parts("selection.window=32")
     loss, rows = partial(row_losses, parts.spec), parts.rows(3)
     engine = compiled(
-        lambda p, v, rows: score_rows(parts.spec, parts.config, p, v, rows, chunk=None),
+        lambda p, v, rows: scored(parts, p, v, rows),
         parts.params,
         parts.params,
         rows,
@@ -134,15 +155,20 @@ def test_an_audit_scores_windows_and_checks_them_on_whole_rows() -> None:
 # ----------------------------------------------------------------------------------- which step pays what
 
 
-COSTS = StepCosts(update=1000, proxy=100, direction=10, scoring=1, audit=0)
+COSTS = StepCosts(update=1000, proxy=100, direction=10, scoring=1, redundancy=0, audit=0)
 
 
 def charged(*overrides: str, steps: int = 8) -> list[int]:
-    return [COSTS.selection(step, config(*overrides)) for step in range(steps)]
+    settings = config(*overrides)
+    return [COSTS.selection(step, settings, buffers_of(settings)) for step in range(steps)]
 
 
-def test_warm_steps_choose_for_nothing_and_the_others_pay_for_all() -> None:
+def test_warm_steps_choose_nothing_and_the_others_pay_for_all() -> None:
     assert charged() == [0, 0, 0, 111, 111, 111, 111, 111]
+
+
+def test_steps_between_scorings_pay_nothing() -> None:
+    assert charged("selection.select_every=2", "proxy.refresh=2") == [0, 0, 0, 111, 0, 11, 0, 111]
 
 
 def test_the_proxy_gradient_is_paid_for_when_it_is_refreshed() -> None:
