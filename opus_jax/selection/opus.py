@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from opus_jax.selection.entropy import from_best, temperature_for
-from opus_jax.selection.sampling import Temperature, boltzmann, is_number, one_by_one
+from opus_jax.selection.sampling import Temperature, boltzmann, first_draw, is_number, one_by_one
 
 Diagnostics = dict[str, Array]
 
@@ -44,7 +44,7 @@ def select(
     Returns:
       int32[K] positions, sorted; and diagnostics:
         z: float32 [N]; not-finite candidates show the lowest.
-        probability: float32 [N] of being drawn first.
+        probability: float32 [N] of being drawn first; at temperature 0, 1 / k on the chosen ones.
         degenerate: bool, all finite utilities (less the self term) are equal, or none is finite: the choice was random.
         nonfinite: int32, how many utilities were not finite.
         redundancy: float32 [N], what chosen candidates took from each utility until it was itself chosen; 0 without
@@ -61,6 +61,7 @@ def select(
         return indices, report(buffer, probability, in_use)
     sequential, taken = one_by_one(buffer.logits, gram / buffer.spread, k, temperature=in_use, key=key)
     indices = jnp.where(buffer.degenerate, indices, sequential)
+    probability = jnp.where(buffer.degenerate, probability, first_draw(buffer.logits, indices, in_use))
     return indices, report(buffer, probability, in_use, taken)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from opus_jax.selection.opus import Diagnostics, report, standardise
-from opus_jax.selection.sampling import boltzmann, one_by_one
+from opus_jax.selection.sampling import first_draw, one_by_one
 
 TEMPERATURE = 0.9
 SKETCH = 8192  # m, buckets for every layer
@@ -45,6 +45,6 @@ def select(
     logits = jnp.where(jnp.isfinite(utility), utility, -jnp.inf)
     takes = (learning_rate**2 * gram).astype(jnp.float32)
     indices, taken = one_by_one(logits, takes, k, temperature=temperature, key=key)
-    _, first = boltzmann(jnp.where(jnp.any(jnp.isfinite(logits)), logits, 0.0), k, temperature=temperature, key=key)
+    first = first_draw(jnp.where(jnp.all(logits == -jnp.inf), 0.0, logits), indices, temperature)
     found = report(standardise(utility), first, temperature)
     return indices, found | {"redundancy": jnp.where(jnp.isfinite(taken), taken, 0.0)}

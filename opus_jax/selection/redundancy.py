@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from opus_jax.errors import UserError
 from opus_jax.selection.opus import Diagnostics, at_entropy, draw, report, standardise
-from opus_jax.selection.sampling import check_size, ranking, top_k
+from opus_jax.selection.sampling import check_size, first_draw, ranking, top_k
 
 Penalty = Callable[[Int[Array, " c"]], Float[Array, " N"]]
 
@@ -62,4 +62,5 @@ def select_in_rounds(
         order.append(top_k(ranking(buffer.logits - taken, chosen, temperature=in_use, key=round_key), share))
         chosen = chosen.at[order[-1]].set(True)
     indices = jnp.where(buffer.degenerate, at_once, jnp.sort(jnp.concatenate(order)))
+    probability = jnp.where(buffer.degenerate, probability, first_draw(buffer.logits, indices, in_use))
     return indices, report(buffer, probability, in_use, taken)

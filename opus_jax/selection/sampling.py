@@ -61,11 +61,15 @@ def boltzmann(
       UserError: the temperature is negative or NaN, or k is not between 1 and N.
     """
     check_temperature(temperature)
+    indices = top_k(scores, k) if is_number(temperature, 0) else gumbel_top_k(tempered(scores, temperature), k, key)
+    return indices, first_draw(scores, indices, temperature)
+
+
+def first_draw(scores: Float[Array, " N"], indices: Int[Array, " K"], temperature: Temperature) -> Float[Array, " N"]:
+    """Probability [N] of being drawn first; at temperature 0, 1 / k on the chosen ones."""
     if is_number(temperature, 0):
-        indices = top_k(scores, k)
-        return indices, jnp.zeros_like(scores).at[indices].set(1.0 / k)
-    logits = tempered(scores, temperature)
-    return gumbel_top_k(logits, k, key), jax.nn.softmax(logits)
+        return jnp.zeros_like(scores).at[indices].set(1.0 / indices.shape[0])
+    return jax.nn.softmax(tempered(scores, temperature))
 
 
 def one_by_one(
