@@ -53,6 +53,7 @@ def run_of(mix: str, setting: str, arm: str, trial: Settings, seed: int, scale: 
     return Run(mix, setting, arm, tuple(sorted(trial.items())), seed, scale)
 
 
+@cache
 def configure(run: Run) -> Config:
     """What the arm is, the trial, the pool and the scale, over what all runs share."""
     trial, mix = dict(run.trial), MIXES[run.mix]
