@@ -21,10 +21,10 @@ from small_runs import lines, small_config, write_text
 from opus_jax.config import Config, TokenizerConfig, fingerprint, from_mapping, replace
 from opus_jax.data import tokenize_documents
 from opus_jax.data.corpora import load_corpus
-from opus_jax.data.plan import initial_plan
+from opus_jax.data.plan import initial_plan, rows_at
 from opus_jax.data.prepare import prepare
 from opus_jax.data.proxy_rows import proxy_plan
-from opus_jax.data.records import Manifest, RowReader
+from opus_jax.data.records import Manifest, RowReader, batch_of
 from opus_jax.data.tokenizer import load_tokenizer
 from opus_jax.data.tokenizer_training import train_tokenizer
 from opus_jax.distributed.mesh import make_mesh
@@ -35,9 +35,10 @@ from opus_jax.models.presets import resolve
 from opus_jax.optim.optimizers import make_optimizer
 from opus_jax.reports.html import write_report
 from opus_jax.training import audit, loop
-from opus_jax.training.build import optimizer_for
+from opus_jax.training.build import buffers_of, optimizer_for
 from opus_jax.training.lower_step import lower_step
 from opus_jax.training.metrics import MetricsWriter
+from opus_jax.training.offer import candidate_reader, first_plan, make_steering
 from opus_jax.training.run_folder import open_run_folder
 from opus_jax.training.state import TrainState
 
@@ -241,6 +242,30 @@ def step(config: Config, place: Place) -> Any:
     return lower_step(config, jax.devices()[:1]).as_text()
 
 
+def rows_of_steps(config: Config, place: Place) -> Any:
+    """How many rows each step takes."""
+    return [buffers_of(config).rows(step) for step in range(config.run.steps)]
+
+
+@or_refusal
+def offered(config: Config, place: Place) -> Any:
+    """The plans of a run whose scores depend on domain, document and chance, and what their rows would be."""
+    records = prepare(config, progress=False)
+    manifest, buffers, dice = Manifest.load(records), buffers_of(config), np.random.default_rng(0)
+    reader = candidate_reader(records, manifest, config)
+    first = first_plan(reader, records, manifest, config)
+    steering = make_steering(first, reader, records, manifest, config, buffers, progress=False)
+    seen = []
+    for number in range(12):
+        plan, end = steering.plan_at(number)
+        rows = rows_at(plan, 0, buffers.slots_before(number), buffers.rows(number))
+        read = batch_of(reader.read(rows))
+        scores = read["domain_id"] + 0.1 * (read["document_ids"][:, 0] % 5) + dice.normal(size=len(rows))
+        steering.record(number, scores, read)
+        seen.append((plan.domain_weights.tolist(), end, rows.tolist()))
+    return seen
+
+
 def audited_steps(config: Config, place: Place) -> Any:
     return [number for number in range(1, config.run.steps + 1) if loop._audited(config, number)]
 
@@ -249,13 +274,13 @@ def audited_candidates(config: Config, place: Place) -> Any:
     """How many candidates reach the oracle; the computations themselves are stood in for."""
     seen = []
 
-    def score(spec: Any, config: Config, params: Any, v: Any, rows: Any, chunk: Any) -> Any:
+    def score(self: Any, v: Any, key: Any, rows: Any) -> Any:
         seen.append(len(rows["tokens"]))
         return jnp.zeros(len(rows["tokens"]))
 
     with (
-        patch.object(audit, "selection_direction", lambda *_: (None, None, None)),
-        patch.object(audit, "score_rows", score),
+        patch.object(audit.Chooser, "direction", lambda *_: (None, None, None)),
+        patch.object(audit.Chooser, "score", score),
         patch.object(audit.per_example, "utilities", lambda *_, chunk: jnp.zeros(config.selection.audit_rows)),
     ):
         spec = _spec(config)

@@ -24,6 +24,7 @@ HUB = ("corpus.name=hf", "corpus.revision=" + 40 * "a")
 LEARNT_TOKENS = ("tokenizer.kind=sentencepiece", "tokenizer.vocab_size=300")
 FILES = ("proxy.source=files", "proxy.path={place.folder}/other/verse", "proxy.domains=[]")
 RETRIEVED = ("proxy.source=retrieved", "proxy.path={place.folder}/other/prose/0.txt", "proxy.domains=[]")
+FEEDBACK = ("feedback.enabled=true", "feedback.window_steps=2", "feedback.max_epochs=20", "feedback.clusters=8")
 RANDOM = "selection.method=random"  # where the key is not about scoring: its step is traced in half the time
 
 CASES: dict[str, tuple[Any, ...]] = {
@@ -93,11 +94,18 @@ CASES: dict[str, tuple[Any, ...]] = {
     "selection.method": (see.step, "high_loss"),
     "selection.ratio": (see.step, 0.25, RANDOM),
     "selection.temperature": (see.step, 0.25),
+    "selection.entropy": (see.step, 0.8),
+    "selection.redundancy": (see.step, 1.0),
+    "selection.redundancy_rounds": (see.step, 2, "selection.redundancy=1.0"),
     "selection.engine": (see.step, "per_example"),
+    "selection.derivative": (see.step, "difference"),
     "selection.direction": (see.step, "identity"),
+    "selection.parameters": (see.step, "blocks"),
     "selection.window": (see.step, 16),
+    "selection.window_place": (see.step, "random", "selection.window=16"),
     "selection.score_chunk": (see.step, 8),
-    "selection.warm_start_steps": (see.step, 4),
+    "selection.warm_start_steps": (see.rows_of_steps, 4),
+    "selection.select_every": (see.rows_of_steps, 2),
     "selection.audit_every": (see.audited_steps, 5),
     "selection.audit_rows": (see.audited_candidates, 5),
     "proxy.source": (see.records, "files", *FILES[1:]),
@@ -108,6 +116,20 @@ CASES: dict[str, tuple[Any, ...]] = {
     "proxy.rows": (see.step, 16),
     "proxy.refresh": (see.step, 2),
     "proxy.ema": (see.step, 0.5),
+    "plan.importance": (see.offered, "dsir"),
+    "plan.keep": (see.offered, 0.3, "plan.importance=dsir"),
+    "plan.proxy_rows_share": (see.offered, 0.5),
+    "feedback.enabled": (see.offered, "true", *FEEDBACK[1:]),
+    "feedback.signal": (see.offered, "odm", *FEEDBACK, "feedback.groups=[domain]"),
+    "feedback.window_steps": (see.offered, 3, *FEEDBACK),
+    "feedback.groups": (see.offered, "[domain]", *FEEDBACK),
+    "feedback.clusters": (see.offered, 4, *FEEDBACK, "feedback.groups=[domain,cluster]"),
+    "feedback.temperature": (see.offered, 0.1, *FEEDBACK),
+    "feedback.shrinkage": (see.offered, 1.0, *FEEDBACK),
+    "feedback.decay": (see.offered, 0.1, *FEEDBACK),
+    "feedback.floor": (see.offered, 0.2, *FEEDBACK),
+    "feedback.max_epochs": (see.offered, 0.2, *FEEDBACK),
+    "feedback.shuffle": (see.offered, "true", *FEEDBACK),
     "evaluation.domains": (see.evaluated_rows, "[prose]"),
     "evaluation.rows": (see.evaluated_rows, 2),
     "evaluation.batch_rows": (see.evaluation_batch, 16),

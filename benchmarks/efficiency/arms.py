@@ -65,7 +65,7 @@ ARMS: dict[str, Arm] = {
     "topk_raw": Arm(_each_step(selection__direction="identity"), **_EMA),
     "topk_p": Arm(_each_step(), ours=True, **_EMA),
     "boltzmann": Arm(_each_step(selection__temperature=0.5), ours=True, **_EMA),
-    "lambda": Arm(_each_step(selection__redundancy=1.0), ours=True, **_EMA),
+    "lambda": Arm(_each_step(selection__redundancy=1.0, selection__redundancy_rounds=2), ours=True, **_EMA),
     "entropy": Arm(_each_step(), ours=True, knob="selection.entropy", values=(0.7, 0.9)),
     "high_loss": Arm(_each_step(selection__method="high_loss"), **_RATIO),
     "mid_loss": Arm(_each_step(selection__method="mid_loss"), **_RATIO),

@@ -150,7 +150,7 @@ class Chooser:
 
         hashes = jax.random.fold_in(self.state.key, 0)  # the same at every step
         alignment, gram = sketched_alignment_and_gram(
-            losses, moving, cut, target, frozen, m=paper.SKETCH, key=hashes, chunk=settings.score_chunk or 1
+            losses, moving, cut, target, frozen, m=paper.SKETCH, key=hashes, chunk=settings.score_chunk
         )
         return alignment, *paper.select(alignment, gram, self._k, learning_rate=rate, key=sample_key)
 
