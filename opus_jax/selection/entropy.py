@@ -1,10 +1,13 @@
 """A temperature for every buffer, such that the choice keeps a stated entropy."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from opus_jax.errors import UserError
+from opus_jax.selection.sampling import from_best
 
 _LOWEST, _HIGHEST, _HALVINGS = -20.0, 12.0, 40  # of log temperature, on z-scores
 
@@ -28,7 +31,7 @@ def temperature_for(z: Float[Array, " N"], share: float) -> Float[Array, ""]:
     finite = jnp.isfinite(z)
     wanted = share * jnp.log(jnp.maximum(jnp.sum(finite), 1))
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low + high) / 2
         above = entropy(jnp.where(finite, z / jnp.exp(middle), -jnp.inf)) > wanted
@@ -36,11 +39,6 @@ def temperature_for(z: Float[Array, " N"], share: float) -> Float[Array, ""]:
 
     bounds = (jnp.asarray(_LOWEST, z.dtype), jnp.asarray(_HIGHEST, z.dtype))
     return jnp.exp(jnp.mean(jnp.stack(jax.lax.fori_loop(0, _HALVINGS, halve, bounds))))
-
-
-def from_best(z: Float[Array, " N"]) -> Float[Array, " N"]:
-    """Scores less the highest: small differences among the best survive a division by a small temperature."""
-    return z - jnp.max(z)
 
 
 def entropy(logits: Float[Array, " N"]) -> Float[Array, ""]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from opus_jax.selection.entropy import from_best, temperature_for
-from opus_jax.selection.sampling import Temperature, boltzmann, first_draw, is_number, one_by_one
+from opus_jax.selection.entropy import temperature_for
+from opus_jax.selection.sampling import Temperature, boltzmann, first_draw, from_best, is_number, one_by_one
 
 Diagnostics = dict[str, Array]
 

@@ -54,7 +54,8 @@ def select_in_rounds(
     if rounds == 1:
         return at_once, report(buffer, probability, in_use)
     share = k // rounds
-    chosen, taken, order = jnp.zeros(utilities.shape, bool), jnp.zeros_like(buffer.z), []
+    chosen, taken = jnp.zeros(utilities.shape, bool), jnp.zeros_like(buffer.z)
+    order: list[Array] = []
     for number in range(rounds):  # written out, so that the compiler counts what every round costs
         if number:
             taken = jnp.where(chosen, taken, taken + penalty(order[-1]) / buffer.spread)

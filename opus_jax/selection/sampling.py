@@ -69,7 +69,7 @@ def first_draw(scores: Float[Array, " N"], indices: Int[Array, " K"], temperatur
     """Probability [N] of being drawn first; at temperature 0, 1 / k on the chosen ones."""
     if is_number(temperature, 0):
         return jnp.zeros_like(scores).at[indices].set(1.0 / indices.shape[0])
-    return jax.nn.softmax(tempered(scores, temperature))
+    return jax.nn.softmax(tempered(from_best(scores), temperature))
 
 
 def one_by_one(
@@ -123,6 +123,11 @@ def tempered(scores: Float[Array, " N"], temperature: Temperature) -> Float[Arra
     if is_number(temperature, math.inf):
         return jnp.where(scores > -jnp.inf, 0.0, -jnp.inf).astype(scores.dtype)
     return scores / temperature
+
+
+def from_best(scores: Float[Array, " N"]) -> Float[Array, " N"]:
+    """Scores less the highest: what sets the best apart outlives the rounding of a division by a small temperature."""
+    return scores - jnp.max(scores)
 
 
 def check_temperature(temperature: Temperature) -> None:
