@@ -72,6 +72,15 @@ def _generate(args: argparse.Namespace) -> None:
     print()
 
 
+def _score(args: argparse.Namespace) -> None:
+    from opus_jax.training.score_corpus import score_corpus, verdict
+
+    planted = tuple(args.planted)
+    found = score_corpus(args.config, tuple(args.overrides), split=args.split, output=args.output, planted=planted)
+    for line in verdict(found):
+        print(line)
+
+
 def _report(args: argparse.Namespace) -> None:
     from opus_jax.reports.html import write_report
     from opus_jax.reports.run import load_run
@@ -144,6 +153,22 @@ COMMANDS = {
             "--top-k": {"type": int, "help": "sample among the k likeliest tokens only"},
             "--top-p": {"type": float, "help": "sample among the likeliest tokens of this total probability"},
             "--seed": {"type": int, "default": 0, "help": "another seed, another text (default 0)"},
+        },
+    ),
+    "score": Command(
+        _score,
+        "write the utility of every row and document of a corpus under a run's newest checkpoint",
+        "RUN",
+        "runs/quickstart corpus.path=texts --output scores",
+        {
+            "--output": {"metavar": "DIR", "help": "where the scores go (default RUN/scores/SPLIT)"},
+            "--split": {"default": "train", "help": "train, validation or proxy documents (default train)"},
+            "--planted": {
+                "action": "append",
+                "default": [],
+                "metavar": "DOMAIN",
+                "help": "a domain known to be bad, counted in roc.json; may be repeated",
+            },
         },
     ),
     "report": Command(

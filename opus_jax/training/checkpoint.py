@@ -198,15 +198,44 @@ def load_params(run_dir: str | Path, *, say: Say | None = None) -> tuple[dict[st
     Raises:
       UserError: the run has no checkpoint, or none is readable.
     """
+    step, (params, meta) = _newest(run_dir, checkpoint_format.read_params, say)
+    return params, step, meta
+
+
+def load_state(run_dir: str | Path, abstract_state: Any, *, say: Say | None = None) -> Restored:
+    """The state of a run's newest intact checkpoint, read only: the run may still be training.
+
+    Args and returns: as `Checkpoints.restore`, but nothing is removed, set aside or renamed.
+
+    Raises:
+      UserError: the run has no checkpoint, none is readable, or an intact one does not fit `abstract_state`.
+    """
+    step, found = _newest(run_dir, checkpoint_format.state_reader(abstract_state), say)
+    return step, *found
+
+
+def require_checkpoint(run_dir: str | Path) -> None:
+    """Raise UserError where there is nothing to load, before time is spent on what goes with it."""
+    directory = Path(run_dir).absolute() / "checkpoints"
+    if not committed_steps(directory):
+        _refuse_restart(directory, [])
+        raise _absent(directory)
+
+
+def _newest(run_dir: str | Path, read: Callable[[Path], Any], say: Say | None) -> tuple[int, Any]:
     directory = Path(run_dir).absolute() / "checkpoints"
     checkpoint_format.quiet_orbax()
     steps = committed_steps(directory)
     for step in reversed(steps):
-        found = _read_verified(directory, step, checkpoint_format.read_params, say or _print)
+        found = _read_verified(directory, step, read, say or _print)
         if found is not None:
-            return found[0], step, found[1]
+            return step, found
     _refuse_restart(directory, steps)
-    raise UserError(f"no checkpoint in {directory}: train the run first, or name another run folder")
+    raise _absent(directory)
+
+
+def _absent(directory: Path) -> UserError:
+    return UserError(f"no checkpoint in {directory}: train the run first, or name another run folder")
 
 
 # ---------------------------------------------------------------------------------------------- reading

@@ -1,0 +1,173 @@
+"""`opus-jax score`: the utility of every row and document of a corpus under a run's newest checkpoint.
+
+The utility of a target token is <gradient of its loss, v>, with v the direction of `score_direction`: how much a unit
+weight of it in the next batch would lower the loss on the proxy, to first order. Rows and documents have means over
+their target tokens.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from opus_jax.data.prepare import prepare
+from opus_jax.data.progress import progress_bar
+from opus_jax.data.records import SPLITS, Manifest, RowReader, batch_of
+from opus_jax.distributed.axes import replicated
+from opus_jax.errors import UserError
+from opus_jax.influence.directional import document_utilities
+from opus_jax.models import parameter_subset
+from opus_jax.models.loss import token_losses
+from opus_jax.training import score_files, score_tables
+from opus_jax.training.build import Parts, build
+from opus_jax.training.checkpoint import load_state, require_checkpoint
+from opus_jax.training.feed import put_rows
+from opus_jax.training.score_direction import direction_facts, score_direction
+from opus_jax.training.score_roc import document_roc
+from opus_jax.training.score_settings import read_settings, with_tokenizer
+from opus_jax.training.state import TrainState
+from opus_jax.training.strict_json import encode
+
+ROC = "roc.json"
+ROWS_PER_PART = 4096
+
+SegmentScores = Callable[[dict[str, np.ndarray]], Float[Array, "N S"]]
+
+
+def score_corpus(
+    run_dir: str | Path,
+    overrides: tuple[str, ...] = (),
+    *,
+    split: str = "train",
+    output: str | Path | None = None,
+    planted: tuple[str, ...] = (),
+    rows_per_part: int = ROWS_PER_PART,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Score a corpus, or go on with it where an earlier process was stopped: the files come out the same.
+
+    Args:
+      run_dir: the run whose newest checkpoint scores.
+      overrides: changes to its configuration; see `score_settings`. `corpus.*` names another corpus to score, with
+        the run's tokenizer and against the run's proxy.
+      split: train | validation | proxy, of the corpus scored.
+      output: where the files go (`score_files`); None = `<run>/scores/<split>`.
+      planted: domains whose documents are counted as corrupted in roc.json.
+      rows_per_part: rows scored between two writes.
+      progress: show a progress bar on standard error.
+
+    Returns:
+      scores.json, with `output` and, where some documents are known to be corrupted, `roc`.
+
+    Raises:
+      UserError: there is no checkpoint, the corpus cannot be scored by it, or the folder cannot be written or holds
+        scores of other settings.
+    """
+    run, folder = Path(run_dir), Path(output) if output else Path(run_dir) / "scores" / split
+    _require(split)
+    home, other = read_settings(run, tuple(overrides))
+    require_checkpoint(run)
+    parts = build(home, progress=progress)
+    step, state, _, meta = load_state(run, parts.abstract_state())
+    if meta["tokenizer"] != parts.manifest.tokenizer_hash:
+        raise UserError(
+            f"{run} was trained with tokenizer {meta['tokenizer']}, but its corpus now gives "
+            f"{parts.manifest.tokenizer_hash}: restore the corpus, or set tokenizer.path in {run}/config.yaml"
+        )
+    records = prepare(with_tokenizer(other, home, parts.records), progress=progress) if other else parts.records
+    reader = RowReader(records, split)
+    if not len(reader):
+        raise UserError(f"corpus {reader.manifest.name} has no {split} rows: choose another --split")
+    settings = _settings(parts, reader.manifest, split, step, meta, rows_per_part)
+    with score_files.open_scores(folder, settings):
+        scores = score_files.finished(folder)
+        if scores is None:
+            nonfinite = _score(parts, state, reader, folder, rows_per_part, progress)
+            scores = score_tables.finish(folder, records, split, settings | {"direction_not_finite": nonfinite})
+        score_files.remove_parts(folder)
+        roc = document_roc(folder / score_tables.DOCUMENTS, planted)
+        (folder / ROC).unlink(missing_ok=True)
+        if roc is not None:
+            score_files.write_file(folder / ROC, encode(roc, indent=1) + "\n")
+    return scores | {"output": str(folder)} | ({"roc": roc} if roc else {})
+
+
+def verdict(scores: dict[str, Any]) -> list[str]:
+    """What `score_corpus` found, in lines to print."""
+    run = scores["run"]
+    lines = [f"{scores['output']}: {scores['rows']} rows, {scores['documents']} documents, step {run['step']}"]
+    if scores["rows_not_finite"]:
+        lines.append(f"{scores['rows_not_finite']} rows have a utility that is not finite")
+    if "roc" in scores:
+        roc = scores["roc"]
+        by_kind = ", ".join(f"{name} {found['auc']:.3f}" for name, found in roc["transforms"].items())
+        lines.append(
+            f"corrupted documents rank at the bottom: ROC AUC {roc['auc']:.3f} +- {roc['standard_error']:.3f} "
+            f"({roc['corrupted']} corrupted, {roc['clean']} clean; {by_kind})"
+        )
+    return lines
+
+
+def make_segment_scores(parts: Parts, params: Any, v: Any, segments: int) -> SegmentScores:
+    """`scores(batch) -> [N, S]`: sums of the tokens' utilities by segment; rows are split over the data axes."""
+    settings = parts.config.selection
+
+    def score(params: Any, v: Any, batch: dict[str, Array]) -> Float[Array, "N S"]:
+        moving, fixed = parameter_subset.split(params, settings.parameters)
+        along, _ = parameter_subset.split(v, settings.parameters)
+        return document_utilities(
+            lambda part, rows: token_losses(parts.spec, parameter_subset.join(part, fixed), rows),
+            moving, along, batch, segments=segments, method=settings.derivative, chunk=settings.score_chunk,
+        )  # fmt: skip
+
+    jitted = jax.jit(score, out_shardings=replicated(parts.mesh))
+
+    def run(batch: dict[str, np.ndarray]) -> Float[Array, "N S"]:
+        with jax.set_mesh(parts.mesh):
+            return jitted(params, v, put_rows(batch, parts.mesh))
+
+    return run
+
+
+def _score(parts: Parts, state: TrainState, reader: RowReader, folder: Path, rows_per_part: int, progress: bool) -> int:
+    """Write the parts that are not there yet; returns the entries of the direction that were not finite."""
+    v, nonfinite = score_direction(parts, state)
+    scores = make_segment_scores(parts, state.params, v, reader.manifest.segments_per_row)
+    with progress_bar(progress) as bar:
+        task = bar.add_task("scoring rows", total=len(reader))
+        for first in range(0, len(reader), rows_per_part):
+            rows = np.arange(first, min(first + rows_per_part, len(reader)))
+            if not (file := score_files.part_file(folder, first)).exists():
+                records = reader.read(rows)
+                score_files.write_part(file, records, _in_batches(scores, records, parts.config.candidates))
+            bar.advance(task, len(rows))
+    return nonfinite
+
+
+def _in_batches(scores: SegmentScores, records: Shaped[np.ndarray, " R"], rows: int) -> Float[np.ndarray, "R S"]:
+    """All batches are dispatched before any is waited for; the last one is filled up with its last row."""
+    places = np.minimum(np.arange(-(-len(records) // rows) * rows), len(records) - 1).reshape(-1, rows)
+    running = [scores(batch_of(records[at])) for at in places]
+    return np.concatenate([np.asarray(x) for x in running])[: len(records)]
+
+
+def _settings(
+    parts: Parts, scored: Manifest, split: str, step: int, meta: dict[str, Any], rows_per_part: int
+) -> dict[str, Any]:
+    """All that decides the scores. The losses of all steps stand for the weights."""
+    return {
+        "run": {"step": step, "losses": meta["totals"]["loss_digest"], "records": meta["records"]},
+        "corpus": {"name": scored.name, "records": scored.fingerprint, "split": split},
+        "direction": direction_facts(parts) | {"proxy_records": parts.manifest.fingerprint},
+        "rows_per_part": rows_per_part,
+    }
+
+
+def _require(split: str) -> None:
+    if split not in SPLITS:
+        raise UserError(f"--split {split}: must be one of {', '.join(SPLITS)}")
+    if jax.process_count() > 1:
+        raise UserError(f"scoring runs in one process, not {jax.process_count()}: score on one host")

@@ -1,0 +1,100 @@
+"""The direction along which a finished or running run would score its next batch, from its newest checkpoint."""
+
+import itertools
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from opus_jax.data.plan import initial_plan, rows_at
+from opus_jax.data.records import batch_of
+from opus_jax.distributed.axes import replicated
+from opus_jax.errors import UserError
+from opus_jax.evaluation.bits_per_byte import spread
+from opus_jax.optim.preconditioner import direction_with_report
+from opus_jax.training.build import Parts
+from opus_jax.training.feed import put_rows
+from opus_jax.training.state import TrainState
+from opus_jax.training.update import mean_gradient
+
+PROXY_BATCHES = 16  # the target's gradient is averaged over so many times proxy.rows, where there are as many
+
+Gradient = PyTree[Float[Array, "..."]]
+
+
+def proxy_row_ids(parts: Parts) -> Int[np.ndarray, " R"]:
+    """Rows of the proxy split that stand for the target: all of the wanted domains, or as many as are used, at equal
+    distances."""
+    bounds = itertools.pairwise(parts.manifest.domain_starts("proxy").tolist())
+    weights = parts.proxy_plan().domain_weights
+    rows = np.concatenate([np.arange(a, b) for (a, b), w in zip(bounds, weights, strict=True) if w > 0])
+    return spread(rows, PROXY_BATCHES * parts.config.proxy.rows)
+
+
+def direction_facts(parts: Parts) -> dict[str, Any]:
+    """What the direction is made of, for the scores' metadata."""
+    settings, proxy = parts.config.selection, parts.config.proxy
+    drawn = f"the mean gradient of {parts.config.batch.rows} training rows, as the run keeps none"
+    return {
+        "mode": settings.direction,
+        "parameters": settings.parameters,
+        "derivative": settings.derivative,
+        "optimizer_state": "the run's",
+        "reference_gradient": "the run's last update" if parts.directed else drawn,
+        "proxy_source": proxy.source,
+        "proxy_domains": list(proxy.domains),
+        "proxy_rows": len(proxy_row_ids(parts)),
+    }
+
+
+def score_direction(parts: Parts, state: TrainState) -> tuple[Gradient, int]:
+    """(v, its entries that were not finite and are 0 now), as `optim.preconditioner.direction_with_report`.
+
+    The reference gradient is the one kept by the run; where its method keeps none, that of `batch.rows` rows of its
+    first plan.
+
+    Raises:
+      UserError: v is 0 everywhere, so that nothing can be ranked along it.
+    """
+    config = parts.config
+    proxy = _gradient(parts, state, "proxy", proxy_row_ids(parts), _at_once(parts))
+    reference = state.reference_gradient
+    if reference is None:
+        drawn = rows_at(initial_plan(parts.manifest, config), config.run.seed, 0, config.batch.rows)
+        reference = _gradient(parts, state, "train", drawn, config.batch.microbatch or config.batch.rows)
+
+    def direct(state: TrainState, reference: Gradient, proxy: Gradient) -> tuple[Gradient, Array, Array]:
+        mode = config.selection.direction
+        v, nonfinite = direction_with_report(parts.optimizer, state.opt_state, state.params, reference, proxy, mode)
+        return v, nonfinite, jax.numpy.stack([jax.numpy.any(x != 0) for x in jax.tree.leaves(v)]).any()
+
+    whole = replicated(parts.mesh)
+    with jax.set_mesh(parts.mesh):
+        jitted = jax.jit(direct, out_shardings=(_like_params(parts), whole, whole))
+        v, nonfinite, any_left = jitted(state, reference, proxy)
+    if not bool(any_left):
+        raise UserError(
+            f"the direction at step {int(state.step)} is 0 or not finite everywhere: the run has diverged, or its "
+            "proxy rows have no targets; score another run"
+        )
+    return v, int(nonfinite)
+
+
+def _gradient(parts: Parts, state: TrainState, split: str, rows: Int[np.ndarray, " R"], at_once: int) -> Gradient:
+    """Gradient of the mean loss per target token over all these rows, `at_once` at a time."""
+    count = -(-len(rows) // at_once) * at_once
+    batch = batch_of(parts.reader(split).read(np.resize(rows, count)))
+    batch["loss_mask"][len(rows) :] = 0  # what fills up the last rows at once
+    function = jax.jit(lambda p, b: mean_gradient(parts.spec, p, b, at_once)[0], out_shardings=_like_params(parts))
+    with jax.set_mesh(parts.mesh):
+        return function(state.params, put_rows(batch, parts.mesh))
+
+
+def _at_once(parts: Parts) -> int:
+    rows, micro = parts.config.proxy.rows, parts.config.batch.microbatch
+    return rows if micro is None else min(rows, micro)
+
+
+def _like_params(parts: Parts) -> Any:
+    return jax.tree.map(lambda x: x.sharding, parts.abstract_state().params)
