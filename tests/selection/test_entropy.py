@@ -55,6 +55,16 @@ def test_the_first_draw_has_the_entropy_asked_for(values, share):
     assert not found["probability"][~finite].any()
 
 
+def test_draws_follow_the_probabilities_where_the_best_are_nearly_equal():
+    """At the temperature this takes, about 1e-7, logits not taken from the best would swallow the noise."""
+    utilities = jnp.array([1.0, 1.0 + 2.4e-7, *[0.0] * 10])
+    draw = lambda key: select(utilities, 1, temperature=0.5, key=key, entropy=0.2)  # noqa: E731
+    picks, found = jax.jit(jax.vmap(draw))(jax.random.split(KEY, 20000))
+    expected = np.asarray(found["probability"][0])[:2]
+    assert 0.02 < expected.min() < 0.4
+    np.testing.assert_allclose([(picks == i).mean() for i in (0, 1)], expected, atol=0.012)
+
+
 def test_the_temperature_in_use_is_the_one_reported():
     utilities = jnp.asarray(np.random.default_rng(0).normal(size=32), jnp.float32)
     indices, found = select(utilities, 8, temperature=99.0, key=KEY, entropy=0.7)
