@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def measure(quick: bool) -> tuple[dict[str, Any], Figures]:
-    steps, seeds, pairs = (20, 1, 2) if quick else (200, 3, 12)
+    steps, seeds, pairs = (15, 1, 2) if quick else (200, 3, 12)
     config = _config(max_bytes=400_000, window_steps=5) if quick else _config(max_bytes=4_000_000, window_steps=20)
     parts = build(config)
     scorer = Scorer(parts)  # the seed is no part of what it compiles

@@ -56,8 +56,9 @@ _FEEDBACK: Settings = {
     "selection.temperature": float("inf"),  # score only
     "selection.ratio": 0.25,
     "selection.select_every": 10,
+    "selection.warm_start_steps": 5,
     "feedback.enabled": True,
-    "feedback.window_steps": 20,
+    "feedback.window_steps": 10,
 }
 
 ARMS: dict[str, Arm] = {
@@ -79,6 +80,12 @@ ARMS: dict[str, Arm] = {
     ),
     "random_proxy_rows": Arm(_NONE, knob="plan.proxy_rows_share", values=(0.1, 0.3)),
     "feedback": Arm(_FEEDBACK, ours=True, knob="feedback.temperature", values=(0.1, 0.2)),
+    "feedback_dsir": Arm(  # begins with the documents that DSIR keeps, instead of with all
+        _FEEDBACK | {"plan.importance": "dsir", "feedback.temperature": 0.2},
+        ours=True,
+        knob="plan.keep",
+        values=(0.1, 0.3),
+    ),
     "feedback_shuffled": Arm(_FEEDBACK | {"feedback.shuffle": True}, settings_of="feedback"),
     "feedback_opus": Arm(
         _FEEDBACK | {"selection.select_every": 5, "selection.temperature": 0.25},

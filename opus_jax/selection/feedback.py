@@ -50,7 +50,7 @@ class FeedbackState:
     """What is known of the groups.
 
     Attributes:
-      base: float64[G], the shares of the first plan; a domain of share 0 is never offered.
+      base: float64[U], the shares of the first plan; what has none is never offered.
       sums: for each level float64[groups, 3]: number, sum and sum of squares of scores of closed windows, decayed.
       exposure: float64[U], passes over each unit that plans have asked for.
       window: buffers of the open window.
@@ -106,18 +106,18 @@ class FeedbackState:
 
         Nothing but closed windows counts. What a cap on passes takes from a group goes to the others in proportion.
         """
-        base = self._base_shares()
-        wanted = base * np.exp((self.worths()[-1] - self.worths()[-1].max()) / self.settings.temperature)
-        wanted = self._with_floors(wanted / wanted.sum(), base)
+        worths = np.where(self.base > 0, self.worths()[-1], -np.inf)
+        wanted = self.base * np.exp((worths - worths.max()) / self.settings.temperature)
+        wanted = self._with_floors(wanted / wanted.sum())
         shares = water_fill(wanted, self._capacity(slots))
         rows = np.maximum(self.groups.unit_rows, 1e-9)
         state = replace(self, exposure=self.exposure + shares * slots / rows)
-        weights = np.bincount(self.groups.unit_domain, shares, len(self.base))
+        weights = self._by_domain(shares)
         priorities, units = None, self.groups.unit_of_document
         if units is not None:
             density = (shares / rows).astype(np.float32)
             priorities = np.where(units >= 0, density[np.maximum(units, 0)], 0).astype(np.float32)
-        return state, Proposal(weights, priorities, {"shares": shares, "base": base})
+        return state, Proposal(weights, priorities, {"shares": shares, "base": self.base})
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Plain arrays for a checkpoint; `restored` takes them back."""
@@ -136,19 +136,16 @@ class FeedbackState:
         sums = tuple(arrays[f"sums{level}"] for level in range(len(self.sums)))
         return replace(self, sums=sums, exposure=arrays["exposure"], window=window, windows=int(arrays["windows"]))
 
-    def _base_shares(self) -> np.ndarray:
-        """float64[U]: the first plan's share of every unit."""
-        per_domain = np.bincount(self.groups.unit_domain, self.groups.unit_rows, len(self.base))
-        density = np.divide(self.base, per_domain, out=np.zeros(len(self.base)), where=per_domain > 0)
-        return density[self.groups.unit_domain] * self.groups.unit_rows
+    def _by_domain(self, shares: np.ndarray) -> np.ndarray:
+        return np.bincount(self.groups.unit_domain, shares, self.groups.sizes[0])
 
-    def _with_floors(self, shares: np.ndarray, base: np.ndarray) -> np.ndarray:
-        domain, offered = self.groups.unit_domain, self.base > 0
-        of_domain = np.bincount(domain, shares, len(self.base))
+    def _with_floors(self, shares: np.ndarray) -> np.ndarray:
+        domain, base, of_domain = self.groups.unit_domain, self._by_domain(self.base), self._by_domain(shares)
+        offered = base > 0
         floor = self.settings.floor
         raised = np.where(offered, floor + (1 - floor * offered.sum()) * of_domain, 0.0)
         chosen = np.divide(shares, of_domain[domain], out=np.zeros(len(shares)), where=of_domain[domain] > 0)
-        alike = np.divide(base, self.base[domain], out=np.zeros(len(base)), where=self.base[domain] > 0)
+        alike = np.divide(self.base, base[domain], out=np.zeros(len(shares)), where=base[domain] > 0)
         return raised[domain] * ((1 - ROW_FLOOR) * chosen + ROW_FLOOR * alike)
 
     def _capacity(self, slots: int) -> np.ndarray:
@@ -159,7 +156,10 @@ class FeedbackState:
 
 
 def start(
-    groups: Groups | int, base: Num[np.ndarray, " G"] | None = None, settings: FeedbackConfig | None = None
+    groups: Groups | int,
+    base: Num[np.ndarray, " G"] | None = None,
+    settings: FeedbackConfig | None = None,
+    priorities: Num[np.ndarray, " documents"] | None = None,
 ) -> FeedbackState:
     """A state that has seen nothing.
 
@@ -167,6 +167,7 @@ def start(
       groups: see `groups.py`; a number G stands for G domains of unknown size, without a limit on passes.
       base: shares of the domains to begin with; None = by their rows.
       settings: temperature, shrinkage, decay, floor, max_epochs, shuffle are used.
+      priorities: by document, within the domains, to begin with; None = all alike. Documents of priority 0 stay out.
 
     Raises:
       ConfigError: the floor is above 1 / domains offered.
@@ -185,7 +186,8 @@ def start(
             "feedback.floor", settings.floor, f"must be at most 1 / {offered} domains = {1 / offered:.4g}"
         )
     sums = tuple(np.zeros((size, 3)) for size in groups.sizes)
-    return FeedbackState(groups, settings, base / base.sum(), sums, np.zeros(len(groups.unit_rows)))
+    shares = groups.unit_shares(base / base.sum(), priorities)
+    return FeedbackState(groups, settings, shares, sums, np.zeros(len(groups.unit_rows)))
 
 
 def update(

@@ -5,7 +5,7 @@ level before, so that a group of which little was seen can borrow from its paren
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Int, Num
@@ -23,6 +23,7 @@ class Groups:
       members: for each level after the first, int64[documents], the group of each document, -1 for one without rows.
       unit_rows: float64[U], training rows of each unit; a row of two documents counts half for each.
       unit_domain: int64[U].
+      document_rows: float64[documents], training rows of each document; empty where domains are the finest level.
       labels: for each cluster group, (cluster, words that tell it); empty without that level.
     """
 
@@ -31,6 +32,7 @@ class Groups:
     members: tuple[np.ndarray, ...]
     unit_rows: np.ndarray
     unit_domain: np.ndarray
+    document_rows: np.ndarray = field(default_factory=lambda: np.zeros(0))
     labels: tuple[tuple[int, str], ...] = ()
 
     @property
@@ -42,6 +44,18 @@ class Groups:
     def unit_of_document(self) -> np.ndarray | None:
         """int64[documents], or None where domains are the finest level."""
         return self.members[-1] if self.members else None
+
+    def unit_shares(
+        self, domain_shares: Num[np.ndarray, " G"], priorities: Num[np.ndarray, " documents"] | None = None
+    ) -> Num[np.ndarray, " U"]:
+        """float64[U]: what a plan gives each unit: its domain's share, by rows and their priorities."""
+        mass, units = self.unit_rows, self.unit_of_document
+        if priorities is not None and units is not None:
+            known = units >= 0
+            mass = np.bincount(units[known], (priorities * self.document_rows)[known], len(self.unit_rows))
+        of_domain = np.bincount(self.unit_domain, mass, len(domain_shares))
+        density = np.divide(domain_shares, of_domain, out=np.zeros(len(of_domain)), where=of_domain > 0)
+        return density[self.unit_domain] * mass
 
 
 def domain_groups(domain_rows: Sequence[float] | Sequence[int] | Num[np.ndarray, " G"]) -> Groups:
@@ -88,9 +102,9 @@ def nested_groups(
     if "document" in levels:
         parents.append(np.maximum(of_document, 0))
         members.append(np.where(rows > 0, np.arange(documents), -1))
-        return Groups(_names(levels), tuple(parents), tuple(members), rows, np.maximum(domain, 0), told)
+        return Groups(_names(levels), tuple(parents), tuple(members), rows, np.maximum(domain, 0), rows, told)
     unit_rows = np.bincount(of_document[of_document >= 0], rows[of_document >= 0], len(parents[-1]))
-    return Groups(_names(levels), tuple(parents), tuple(members), unit_rows, parents[-1], told)
+    return Groups(_names(levels), tuple(parents), tuple(members), unit_rows, parents[-1], rows, told)
 
 
 def _names(levels: Sequence[str]) -> tuple[str, ...]:

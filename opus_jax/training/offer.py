@@ -68,7 +68,7 @@ def make_steering(
         controller = bandit.start(feedback.domain_groups(plan.domain_rows), plan.domain_weights, settings)
         return Steering(plan, buffers, steps, controller, settings.window_steps)
     groups = _groups(plan, reader, records, manifest, config, progress)
-    controller = feedback.start(groups, plan.domain_weights, settings)
+    controller = feedback.start(groups, plan.domain_weights, settings, plan.priorities)
     _check_passes(plan, buffers.slots_before(steps), settings)
     return Steering(plan, buffers, steps, controller, settings.window_steps, reader.row_documents)
 
