@@ -39,6 +39,7 @@ from opus_jax.training.state import init_state
 
 PART = 64  # rows
 NOISE = ("corpus.noise.prose=characters:0.3", "corpus.noise.verse=boilerplate:0.3")
+UNFINISHED = "40.orbax-checkpoint-tmp-1"  # of a trainer that goes on while the run is scored
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,7 @@ def run(root: Path) -> Path:
     steps = ("run.steps=20", "run.eval_every=20", "run.save_every=20")
     once = ("selection.warm_start_steps=20", "selection.audit_every=0", "model.vocab_size=320")
     train(small_config(root, *NOISE, *steps, *once), progress=False)
+    (root / "run" / "checkpoints" / UNFINISHED).mkdir()
     return root / "run"
 
 
@@ -250,6 +252,11 @@ def test_killed_in_the_middle_the_files_come_out_the_same(
     assert len(written) == 19 - len(kept)
     assert not kept.keys() & set(written)
     assert contents(output) == contents(Path(scored["output"]))
+
+
+def test_a_save_of_a_trainer_at_work_is_left_alone(run: Path, scored: dict[str, Any]) -> None:
+    assert scored["run"]["step"] == 20
+    assert (run / "checkpoints" / UNFINISHED).is_dir()
 
 
 def test_what_is_finished_is_not_scored_again(
