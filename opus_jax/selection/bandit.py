@@ -81,8 +81,10 @@ class BanditState:
 
     def restored(self, arrays: dict[str, np.ndarray]) -> "BanditState":
         """This state with what a checkpoint holds."""
-        plain = {name: arrays[name] for name in ("rewards", "shares", "window")}
-        return replace(self, **plain, batches=int(arrays["batches"]), windows=int(arrays["windows"]))
+        return replace(
+            self, rewards=arrays["rewards"], shares=arrays["shares"], window=arrays["window"],
+            batches=int(arrays["batches"]), windows=int(arrays["windows"]),
+        )  # fmt: skip
 
 
 def start(groups: Groups, base: Num[np.ndarray, " G"], settings: FeedbackConfig) -> BanditState:

@@ -92,7 +92,8 @@ def nested_groups(
         return domain_groups(domain_rows)
     domain, rows = _document_facts(domain_rows, row_documents, documents)
     parents, members = [np.zeros(len(domain_rows), np.int64)], []
-    of_document, told = domain, ()
+    of_document = domain
+    told: tuple[tuple[int, str], ...] = ()
     if "cluster" in levels:
         assert clusters is not None, "clusters are needed for their level"
         of_document, pairs = _cells(domain, clusters)

@@ -74,7 +74,8 @@ def make_steering(
 
 
 def _groups(plan: Plan, reader: Reader, records: Path, manifest: Manifest, config: Config, progress: bool) -> Groups:
-    clusters, labels = None, []
+    clusters: np.ndarray | None = None
+    labels: list[str] = []
     if "cluster" in config.feedback.groups:
         clusters, labels = document_clusters(
             records, config.feedback.clusters, config.proxy.embedder, progress=progress

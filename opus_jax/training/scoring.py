@@ -65,7 +65,7 @@ class Chooser:
             utilities, indices, found = self._pick_by_gram(proxy_gradient, score_key, sample_key)
         else:
             utilities = self._losses(score_key) if method in LOSS_METHODS else jnp.zeros((self._rows,), jnp.float32)
-            indices, found = METHODS[method](utilities, self._k, **self._law(sample_key))
+            indices, found = METHODS[method](utilities, self._k, **self._law(sample_key))  # type: ignore[operator]
         return proxy_gradient, indices, self._report(utilities, indices, found, nonfinite)
 
     def direction(self, key: Key[Array, ""]) -> tuple[Gradient, Gradient, Int[Array, ""]]:
@@ -119,8 +119,7 @@ class Chooser:
 
         def penalty(chosen: Int[Array, " c"]) -> Float[Array, " N"]:
             """What rows already chosen take from every candidate: (lambda / K) <P g_i, sum_j g_j>."""
-            rows = take(self.candidates, chosen)
-            cut = window(rows, settings.window)
+            cut = take(self._cut(key), chosen)
             total = jax.grad(lambda p: self._row_losses(p, cut).sum())(self.state.params)
             return self.score(pull(jax.tree.map(lambda g: share * g, total)), key)
 

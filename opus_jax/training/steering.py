@@ -25,8 +25,6 @@ Describe = Callable[["Controller", Proposal, Plan], dict[str, Any]]
 class Controller(Protocol):
     """Turns scores into proposals; immutable: every method gives the state that follows. See `selection/feedback`."""
 
-    windows: int
-
     def observe(
         self,
         scores: Num[np.ndarray, " N"],

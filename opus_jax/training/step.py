@@ -56,7 +56,8 @@ def make_step(spec: ModelSpec, optimizer: Optimizer, config: Config, mesh: Mesh,
     """
 
     def step(state: TrainState, candidates: Batch, proxy: Batch | None) -> tuple[TrainState, Metrics]:
-        proxy_gradient, chosen, selection = state.proxy_gradient, candidates, {}
+        proxy_gradient, chosen = state.proxy_gradient, candidates
+        selection: Metrics = {}
         if chooses:
             chooser = Chooser(spec, optimizer, config, state, candidates, proxy)
             proxy_gradient, indices, selection = chooser.choose()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from small_corpus import prepare_small, small_config
 
-from opus_jax.data.candidates import CandidateStream
 from opus_jax.data.buffers import Buffers, every_step
+from opus_jax.data.candidates import CandidateStream
 from opus_jax.data.plan import advance, initial_plan, rows_at
 from opus_jax.data.records import Manifest, RowReader
 from opus_jax.errors import UserError

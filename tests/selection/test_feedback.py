@@ -71,7 +71,9 @@ def test_it_begins_with_the_first_plan_and_keeps_out_what_that_left_out():
     priorities = np.array([1, 1, 4, 0, 0, 0] + 6 * [1.0])
     state = start(groups, np.array([0.75, 0.25]), FeedbackConfig(max_epochs=None, floor=0.0), priorities)
     np.testing.assert_allclose(state.base[:6], 0.75 * np.array([1, 1, 4, 0, 0, 0]) / 6)
-    np.testing.assert_allclose(state.propose(8)[1].priorities, np.append(0.125 * priorities[:6], 6 * [0.25 / 6]), rtol=1e-5)
+    np.testing.assert_allclose(
+        state.propose(8)[1].priorities, np.append(0.125 * priorities[:6], 6 * [0.25 / 6]), rtol=1e-5
+    )
     state = state.observe(np.arange(12.0), np.repeat([0, 1], 6), np.arange(12)[:, None]).close()
     proposal = state.propose(8)[1]
     np.testing.assert_array_equal(proposal.priorities[3:6], 0)

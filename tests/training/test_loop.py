@@ -1,5 +1,6 @@
 """Whole small runs: what they leave behind, and that being killed changes nothing."""
 
+import functools
 import json
 import os
 import shutil
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from small_runs import lines, mapping, small_config, write_text
 
 from opus_jax.config import Config, from_mapping
 from opus_jax.errors import NonFiniteLossError, UserError
+from opus_jax.training import loop
 from opus_jax.training.loop import train
 
 DIGESTS = ("loss_digest", "batch_digest", "update_tokens", "seen_tokens", "flops", "bits_per_byte", "selected_share")
@@ -61,11 +64,11 @@ def test_what_a_run_leaves_behind(root: Path, undisturbed: dict[str, Any]) -> No
     assert sum(undisturbed["selected_share"].values()) == pytest.approx(1)
     assert 0 < undisturbed["update_tokens"] < undisturbed["seen_tokens"]
     rows = selection_rows(run)
-    assert rows.num_rows == 12 * 16
+    assert rows.num_rows == 3 * 8 + 9 * 16, "a warm start reads only what it trains on"
     chosen = np.array(rows["selected"])
     assert chosen.sum() == 12 * 8
     scored = np.array(rows["step"]) > 3
-    assert rows.filter(~scored)["utility"].null_count == 3 * 16
+    assert rows.filter(~scored)["utility"].null_count == 3 * 8
     assert rows.filter(scored)["utility"].null_count == 0
     audits = [line["audit_rank_agreement"] for line in logged if "audit_rank_agreement" in line]
     assert len(audits) == 3
@@ -140,10 +143,60 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(root: Path) 
         train(config, progress=False)
 
 
+FEEDBACK = (
+    "feedback.enabled=true", "feedback.window_steps=3", "feedback.clusters=4", "feedback.temperature=0.05",
+    "selection.select_every=2", "run.steps=16", "run.save_every=4", "checkpoint.keep=3",
+)  # fmt: skip
+
+
+def decisions(run: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in (run / "decisions").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def steered(root: Path) -> dict[str, Any]:
+    """A run with feedback: warm until step 3, then every other step scores."""
+    return train(small_config(root, *FEEDBACK, run="steered"), progress=False)
+
+
+def test_feedback_decides_what_is_offered(root: Path, steered: dict[str, Any]) -> None:
+    """Plans begin at the window boundary after the next, once something was scored; rows come by the plan in force."""
+    run = root / "steered"
+    assert sorted(decisions(run)) == [f"feedback-{step:09d}.json" for step in (9, 12, 15)]
+    facts = json.loads(decisions(run)["feedback-000000012.json"])
+    assert facts["utilities_until"] == 9
+    weights = {name: domain["weight"] for name, domain in facts["domains"].items()}
+    assert max(weights.values()) > 1.2 * min(weights.values())
+    rows = selection_rows(run)
+    assert [rows.filter(pc.equal(rows["step"], step)).num_rows for step in (3, 4, 5, 6)] == [8, 16, 8, 16]
+    assert steered["scoring_overhead"] == pytest.approx(7 / 16 * (16 + 8) / 8)
+    assert steered["seen_tokens"] > steered["update_tokens"]
+
+
+def test_a_run_resumed_in_the_middle_of_a_window_offers_the_same(root: Path, steered: dict[str, Any]) -> None:
+    run = Path(shutil.copytree(root / "steered", root / "steered-again"))
+    shutil.rmtree(run / "checkpoints" / "16")
+    (run / "checkpoints" / "integrity" / "16.json").unlink()
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "12")
+    (run / "checkpoints" / "integrity" / "12.json").unlink()
+    assert (run / "checkpoints" / "8").is_dir(), "from there on it resumes: in the middle of the window of steps 7 to 9"
+    resumed = train(small_config(root, *FEEDBACK, run="steered-again"), progress=False)
+    assert {key: resumed[key] for key in DIGESTS} == {key: steered[key] for key in DIGESTS}
+    assert decisions(run) == decisions(root / "steered")
+    assert selection_rows(run).equals(selection_rows(root / "steered"))
+
+
+def test_reading_ahead_changes_nothing_under_feedback(root: Path, steered: dict[str, Any], monkeypatch: Any) -> None:
+    monkeypatch.setattr(loop, "CandidateStream", functools.partial(loop.CandidateStream, threads=0))
+    slow = train(small_config(root, *FEEDBACK, run="steered-slowly"), progress=False)
+    assert {key: slow[key] for key in DIGESTS} == {key: steered[key] for key in DIGESTS}
+
+
 @pytest.mark.parametrize("method", ["none", "random", "high_loss"])
 def test_other_methods_train(root: Path, undisturbed: dict[str, Any], method: str) -> None:
     summary = train(small_config(root, f"selection.method={method}", run=method), progress=False)
-    assert summary["scoring_overhead"] == {"none": 0, "random": 0, "high_loss": 0.5}[method]
+    assert summary["scoring_overhead"] == {"none": 0, "random": 0, "high_loss": 0.75 * 16 / 8 / 3}[method]
     assert summary["batch_digest"] != undisturbed["batch_digest"]
     assert (root / method / "selection").exists() == (method != "none")
     if method == "none":
@@ -184,6 +237,8 @@ def long_config(root: Path, run: str) -> Config:
     """Enough steps that a signal arrives in the middle."""
     settings = mapping(root, run)
     settings["run"] |= {"steps": 160, "save_every": 20, "eval_every": 80}
+    settings["selection"] |= {"select_every": 2}
+    settings["feedback"] = {"enabled": True, "window_steps": 7, "clusters": 4}
     return from_mapping(settings)
 
 
@@ -208,3 +263,4 @@ def test_killed_at_any_moment_and_interrupted_the_run_ends_as_if_nothing_had_hap
         line["loss"] for line in lines(root / "whole") if "loss" in line
     ]
     assert selection_rows(run).equals(selection_rows(root / "whole"))
+    assert decisions(run) == decisions(root / "whole")

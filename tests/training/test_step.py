@@ -15,7 +15,7 @@ from opus_jax.influence import per_example
 from opus_jax.models.loss import batch_loss, row_losses
 from opus_jax.models.presets import resolve
 from opus_jax.optim.preconditioner import direction
-from opus_jax.training.batches import abstract_batch
+from opus_jax.training.batches import abstract_batch, window
 from opus_jax.training.build import buffers_of, optimizer_for
 from opus_jax.training.feed import put_rows
 from opus_jax.training.scoring import is_directed
@@ -200,6 +200,92 @@ def test_methods() -> None:
     high = run.go(2)[1]
     np.testing.assert_array_equal(high["indices"], np.sort(np.argsort(-high["utility"])[:8]))
     assert run.state.reference_gradient is None
+
+
+GRAM = ("selection.engine=per_example", "selection.redundancy=1.0", "selection.temperature=0")
+
+
+def test_redundancy_by_gram_is_the_formula() -> None:
+    """K U_i = <P g_i, g_proxy - (lambda / K) sum g_j> - (lambda / 2K) <P g_i, g_i>, with explicit gradients."""
+    run = Run(config(*GRAM))
+    run.go(2)
+    params, opt_state, reference = jax.tree.map(
+        jnp.asarray, host((run.state.params, run.state.opt_state, run.state.reference_gradient))
+    )
+    batch, proxy = ({k: jnp.asarray(v) for k, v in rows(n, s).items()} for n, s in ((16, 2), (8, 102)))
+    _, metrics = run.step(run.state, put_rows(rows(16, 2), run.mesh), put_rows(rows(8, 102), run.mesh))
+    gradients = per_example.per_example_gradients(partial(row_losses, run.spec), params, batch)
+
+    def mean_loss(params: Any) -> Any:
+        nats, tokens = batch_loss(run.spec, params, proxy)
+        return nats / tokens
+
+    def pulled(gradient: Any) -> np.ndarray:
+        return flat(direction(run.optimizer, opt_state, params, reference, gradient))
+
+    one = [jax.tree.map(lambda g, i=i: g[i], gradients) for i in range(16)]
+    g = np.stack([flat(x) for x in one])
+    gram = np.stack([pulled(x) for x in one]) @ g.T / 8  # row j: (lambda / K) P^T g_j with every g_i
+    utility, left, chosen = g @ pulled(jax.grad(mean_loss)(params)) - np.diagonal(gram) / 2, list(range(16)), []
+    for _ in range(8):
+        best = max(left, key=lambda i: utility[i] - gram[chosen, i].sum())
+        left.remove(best)
+        chosen.append(best)
+    np.testing.assert_array_equal(metrics["indices"], sorted(chosen))
+
+
+def flat(tree: Any) -> np.ndarray:
+    return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
+
+
+def test_as_many_rounds_as_picks_choose_like_the_gram_without_its_self_term() -> None:
+    """To that term, which is small here; one round is plain top-k."""
+    plain = Run(config("selection.temperature=0")).go(2)[1]
+    rounds = Run(config("selection.temperature=0", "selection.redundancy=1", "selection.redundancy_rounds=8")).go(2)[1]
+    exact = Run(config(*GRAM)).go(2)[1]
+    one = Run(config("selection.temperature=0", "selection.redundancy=1", "selection.redundancy_rounds=1")).go(2)[1]
+    np.testing.assert_array_equal(one["indices"], plain["indices"])
+    assert len(set(rounds["indices"].tolist()) & set(exact["indices"].tolist())) >= 7
+    assert rounds["redundancy"].any()
+    assert not plain["redundancy"].any()
+
+
+def test_paper_mode_samples_uniformly_and_greats_does_not() -> None:
+    paper = Run(config("selection.method=paper", "optimizer.learning_rate=0.003")).go(3)[2]
+    assert paper["utility"].std() > 0
+    np.testing.assert_allclose(paper["probability"], 1 / 16, rtol=0.01)
+    assert paper["temperature"] == np.float32(0.9)
+    run = Run(config("selection.method=greats"))
+    greats = run.go(2)[1]
+    assert greats["selected"].sum() == 8
+    assert greats["utility"][greats["selected"]].mean() > greats["utility"][~greats["selected"]].mean()
+
+
+def test_the_entropy_target_sets_the_temperature() -> None:
+    found = Run(config("selection.entropy=0.8")).go(2)[1]
+    p = found["probability"].astype(np.float64)
+    assert -(p * np.log(p)).sum() == pytest.approx(0.8 * np.log(16), abs=1e-3)
+    assert found["temperature"] > 0
+
+
+def test_difference_and_subsets_rank_as_the_whole_does() -> None:
+    whole = Run(config("model.layers=2")).go(2)[1]["utility"]
+    difference = Run(config("model.layers=2", "selection.derivative=difference")).go(2)[1]["utility"]
+    np.testing.assert_allclose(difference, whole, atol=0.05 * np.abs(whole).max())
+    top = Run(config("model.layers=2", "selection.parameters=top_half")).go(2)[1]["utility"]
+    assert np.corrcoef(top, whole)[0, 1] > 0.5
+    assert np.abs(top - whole).max() > 1e-3 * np.abs(whole).max()
+
+
+def test_random_windows_lie_somewhere_else_at_every_step() -> None:
+    batch = {name: jnp.asarray(x) for name, x in rows(16, 0).items()}
+    first, second = (window(batch, 4, "random", jax.random.key(seed))["tokens"] for seed in (0, 1))
+    assert (np.asarray(first) != np.asarray(second)).any()
+    whole = np.asarray(batch["tokens"])
+    for row, cut in zip(whole, np.asarray(first), strict=True):
+        assert any((row[start : start + 4] == cut).all() for start in range(TOKENS - 3))
+    prefix = window(batch, 4)["tokens"]
+    np.testing.assert_array_equal(prefix, whole[:, :4])
 
 
 def test_scoring_window_sees_only_the_first_tokens() -> None:
