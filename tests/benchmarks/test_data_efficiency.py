@@ -87,7 +87,11 @@ def test_every_tuned_arm_has_the_same_number_of_different_trials() -> None:
 
 
 def test_method_arms_hold_no_control_and_no_rival() -> None:
-    assert METHOD_ARMS == ["topk_p", "boltzmann", "lambda", "entropy", "feedback", "feedback_opus"]
+    assert {"topk_p", "boltzmann", "lambda", "entropy", "feedback", "feedback_opus"} <= set(METHOD_ARMS)
+    controls = {"random", "feedback_shuffled", "oracle", "paper"}
+    rivals = {"topk_raw", "high_loss", "mid_loss", "greats", "dsir", "odm", "random_proxy_rows"}
+    assert controls | rivals <= set(ARMS)
+    assert not set(METHOD_ARMS) & (controls | rivals)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
