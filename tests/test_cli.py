@@ -40,7 +40,7 @@ MISTAKES = {
     "value for a section": (f"{TRAIN} run=3", ["run = 3", "dir, seed, steps"]),
     "ratio 0": (f"{TRAIN} selection.ratio=0", ["selection.ratio = 0.0", "above 0 and at most 1"]),
     "not a number": (f"{TRAIN} optimizer.learning_rate=nan", ["optimizer.learning_rate = nan", "at least 0"]),
-    "unknown choice": (f"{TRAIN} selection.method=best", ["selection.method = 'best'", "opus, high_loss"]),
+    "unknown choice": (f"{TRAIN} selection.method=best", ["selection.method = 'best'", "opus, paper, greats"]),
     "unknown preset": (f"{TRAIN} model.preset=gpt3", ["model.preset = 'gpt3'", "gpt2-small"]),
     "heads and width": (f"{TRAIN} model.heads=3", ["model.heads = 3", "must divide model.width = 32"]),
     "window and row": (f"{TRAIN} selection.window=64", ["selection.window = 64", "at most corpus.row_tokens = 32"]),
