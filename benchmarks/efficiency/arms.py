@@ -87,6 +87,10 @@ ARMS: dict[str, Arm] = {
         values=(0.1, 0.3),
     ),
     "feedback_shuffled": Arm(_FEEDBACK | {"feedback.shuffle": True}, settings_of="feedback"),
+    "feedback_dsir_shuffled": Arm(
+        _FEEDBACK | {"plan.importance": "dsir", "feedback.temperature": 0.2, "feedback.shuffle": True},
+        settings_of="feedback_dsir",
+    ),
     "feedback_opus": Arm(
         _FEEDBACK | {"selection.select_every": 5, "selection.temperature": 0.25},
         ours=True,

@@ -18,6 +18,7 @@ from opus_jax.config import Config
 from opus_jax.data.blocks import blocks
 from opus_jax.data.dedup import mix, word_hashes
 from opus_jax.data.documents_table import iterate_texts, read_columns
+from opus_jax.data.plan import initial_plan
 from opus_jax.data.proxy_rows import proxy_plan
 from opus_jax.data.records import Manifest
 from opus_jax.errors import UserError
@@ -31,7 +32,7 @@ def dsir_documents(
 ) -> Float32[np.ndarray, " documents"]:
     """1 for the training documents that resemble the proxy's and are kept, 0 for all others.
 
-    Kept are `plan.keep` of the training documents' bytes, and so, nearly, of the training rows.
+    Kept are `plan.keep` of the bytes, and so, nearly, of the training rows, of the domains that the first plan offers.
 
     Args:
       seed: of the Gumbel noise.
@@ -39,20 +40,29 @@ def dsir_documents(
     Raises:
       UserError: there are no proxy rows, or no word in them.
     """
-    return resample(records, _proxy_documents(records, manifest, config), config.plan.keep, manifest, seed)
+    offered = np.flatnonzero(initial_plan(manifest, config).domain_weights)
+    return resample(records, _proxy_documents(records, manifest, config), config.plan.keep, manifest, seed, offered)
 
 
 def resample(
-    records: str | Path, targets: Int[np.ndarray, " targets"], keep: float, manifest: Manifest, seed: int
+    records: str | Path,
+    targets: Int[np.ndarray, " targets"],
+    keep: float,
+    manifest: Manifest,
+    seed: int,
+    offered: Int[np.ndarray, " offered"] | None = None,
 ) -> Float32[np.ndarray, " documents"]:
-    """As `dsir_documents`, towards the documents with the ids `targets`."""
+    """As `dsir_documents`, towards the documents with the ids `targets`, from the domains `offered` (None = all)."""
     columns = read_columns(records, "split", "bytes")
-    training = np.array(columns["split"], dtype=object) == "train"
+    training, rows = np.array(columns["split"], dtype=object) == "train", manifest.total_rows("train")
+    if offered is not None:
+        training &= np.isin(read_columns(records, "domain_id")["domain_id"], offered)
+        rows = sum(manifest.rows["train"][manifest.domains[domain]] for domain in offered)
     wanted = np.isin(np.arange(len(training)), targets)
     counts = _bucket_counts(records, np.stack([wanted, training]))
     if not counts[0].any():
         raise UserError(f"plan.importance = dsir: {wanted.sum()} proxy documents hold no word: give more proxy text")
-    row_ngrams = int(counts[1].sum()) / max(manifest.total_rows("train"), 1)
+    row_ngrams = int(counts[1].sum()) / max(rows, 1)
     log_weights = _log_weights(records, _log_ratio(*counts), row_ngrams)
     noisy = log_weights + np.random.Generator(np.random.PCG64(seed)).gumbel(size=len(log_weights))
     return _first_bytes(np.where(training, noisy, -np.inf), np.array(columns["bytes"]) * training, keep)

@@ -106,3 +106,14 @@ def test_a_plan_made_from_it_offers_kept_documents_only(tmp_path):
     for row in rows_at(plan, 0, 0, 200):
         documents = reader.row_documents[row]
         assert kept[documents[documents >= 0]].any()
+
+
+def test_only_domains_on_offer_are_kept(tmp_path):
+    """What `corpus.weights` leaves out must not use up what may be kept."""
+    settings = {"plan": {"importance": "dsir", "keep": 0.5}, "corpus": {"weights": {"code": 1.0, "tables": 1.0}}}
+    folder, config = prepare_small(tmp_path, **settings), small_config(tmp_path, **settings)
+    manifest = Manifest.load(folder)
+    kept = dsir_documents(folder, manifest, config, seed=0)
+    domains = np.array(read_columns(folder, "domain_id")["domain_id"])
+    assert set(np.array(manifest.domains)[domains[kept > 0]]) <= {"code", "tables"}
+    assert kept.sum() > 0
