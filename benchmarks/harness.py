@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from opus_jax.distributed.platform import choose_platform
 from opus_jax.training.environment import describe_environment
 
 Figures = dict[str, list[float | None]]
@@ -31,6 +32,7 @@ def run_benchmark(name: str, description: str, measure: Callable[[bool], tuple[d
 
 def parser_of(name: str, description: str) -> argparse.ArgumentParser:
     """The command line that every benchmark has; one with options of its own adds them and calls `report` itself."""
+    choose_platform()  # as commands do, before JAX starts
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--quick", action="store_true", help="the same figures in under 3 minutes, fewer repetitions")
     parser.add_argument("--json", type=Path, default=None, help="where to write the result")

@@ -4,8 +4,7 @@
 parameters) of that step's candidates, averaged over all steps of a run that chooses at random. A step without scores
 counts as agreement 0; in the modes `feedback_groups` the estimate of a row's groups stands in for them, with the lag
 that plans have. `overhead.<mode>`: FLOPs of scoring, proxy and direction over those of plain training, as `training`
-counts them; `time_overhead.<mode>`: measured in one process, in
-turn with steps that do not choose.
+counts them; `time_overhead.<mode>`: measured in one process, in turn with steps that do not choose.
 """
 
 import dataclasses
@@ -72,7 +71,7 @@ def main() -> None:
 
 
 def measure(quick: bool) -> tuple[dict[str, Any], Figures]:
-    steps, seeds, pairs = (15, 1, 2) if quick else (200, 3, 12)
+    steps, seeds, pairs = (15, 1, 2) if quick else (100, 3, 6)
     config = _config(max_bytes=400_000, window_steps=5) if quick else _config(max_bytes=4_000_000, window_steps=20)
     parts = build(config)
     scorer = Scorer(parts)  # the seed is no part of what it compiles
