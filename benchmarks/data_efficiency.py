@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.efficiency.arms import ARMS, METHOD_ARMS, REFERENCE
+from benchmarks.efficiency.arms import ARMS, CLEAN_ARMS, METHOD_ARMS, REFERENCE
 from benchmarks.efficiency.crossings import SPENT, paired, ratios
 from benchmarks.efficiency.mixes import DEVELOPMENT, REPORT, SETTINGS
 from benchmarks.efficiency.pool import BenchmarkError, Workplace, cores, run_all
@@ -23,7 +23,7 @@ from benchmarks.efficiency.tuning import first_trials, frozen_choice, tune
 from benchmarks.harness import Figures, measured, parser_of, report
 from opus_jax.errors import UserError
 
-STEPS, TUNING_STEPS = 400, 240
+STEPS, TUNING_STEPS = 320, 240
 SEEDS = (11, 12, 13, 14, 15)  # fresh: never used while arms and grids were made
 TUNING_FILE = Path(__file__).parent / "results" / "data_efficiency_tuning.json"
 FULL, TUNING = Scale(STEPS), Scale(TUNING_STEPS)
@@ -108,6 +108,7 @@ def measure(args: Namespace, place: Workplace) -> tuple[dict[str, Any], Figures]
         for seed in seeds
         for setting in args.settings
         for arm in arms
+        if setting != "clean" or arm in CLEAN_ARMS
     }
     made = run_all(list(runs.values()), place)
     results: Results = {}

@@ -101,6 +101,10 @@ ARMS: dict[str, Arm] = {
 }
 
 REFERENCE = "random"
+CLEAN_ARMS = (  # what the pool without noise is about: is it only noise that is avoided? Variants of one step stay out.
+    "random", "topk_p", "paper", "dsir", "odm", "random_proxy_rows", "feedback", "feedback_dsir", "feedback_shuffled",
+    "feedback_dsir_shuffled", "feedback_opus", "oracle",
+)  # fmt: skip
 METHOD_ARMS = [name for name, arm in ARMS.items() if arm.ours]
 TRIALS = 4  # of every arm that is tuned
 
