@@ -202,12 +202,14 @@ def test_methods() -> None:
     assert run.state.reference_gradient is None
 
 
-GRAM = ("selection.engine=per_example", "selection.redundancy=1.0", "selection.temperature=0")
-
-
-def test_redundancy_by_gram_is_the_formula() -> None:
-    """K U_i = <P g_i, g_proxy - (lambda / K) sum g_j> - (lambda / 2K) <P g_i, g_i>, with explicit gradients."""
-    run = Run(config(*GRAM))
+@pytest.mark.parametrize(
+    ("how", "self_term"),
+    [("selection.engine=per_example", 0.5), ("selection.redundancy_rounds=8", 0.0)],
+    ids=["by the Gram matrix", "in as many rounds as picks"],
+)
+def test_redundancy_is_the_formula(how: str, self_term: float) -> None:
+    """K U_i = <P g_i, g_proxy - (lambda / K) sum g_j> - (lambda / 2K) <P g_i, g_i>, by explicit gradients."""
+    run = Run(config(how, "selection.redundancy=1.0", "selection.temperature=0"))
     run.go(2)
     params, opt_state, reference = jax.tree.map(
         jnp.asarray, host((run.state.params, run.state.opt_state, run.state.reference_gradient))
@@ -226,28 +228,18 @@ def test_redundancy_by_gram_is_the_formula() -> None:
     one = [jax.tree.map(lambda g, i=i: g[i], gradients) for i in range(16)]
     g = np.stack([flat(x) for x in one])
     gram = np.stack([pulled(x) for x in one]) @ g.T / 8  # row j: (lambda / K) P^T g_j with every g_i
-    utility, left, chosen = g @ pulled(jax.grad(mean_loss)(params)) - np.diagonal(gram) / 2, list(range(16)), []
+    utility = g @ pulled(jax.grad(mean_loss)(params)) - self_term * np.diagonal(gram)
+    left, chosen = list(range(16)), []
     for _ in range(8):
         best = max(left, key=lambda i: utility[i] - gram[chosen, i].sum())
         left.remove(best)
         chosen.append(best)
     np.testing.assert_array_equal(metrics["indices"], sorted(chosen))
+    assert set(chosen) != set(np.argsort(-utility)[:8]), "otherwise this would show nothing"
 
 
 def flat(tree: Any) -> np.ndarray:
     return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
-
-
-def test_as_many_rounds_as_picks_choose_like_the_gram_without_its_self_term() -> None:
-    """To that term, which is small here; one round is plain top-k."""
-    plain = Run(config("selection.temperature=0")).go(2)[1]
-    rounds = Run(config("selection.temperature=0", "selection.redundancy=1", "selection.redundancy_rounds=8")).go(2)[1]
-    exact = Run(config(*GRAM)).go(2)[1]
-    one = Run(config("selection.temperature=0", "selection.redundancy=1", "selection.redundancy_rounds=1")).go(2)[1]
-    np.testing.assert_array_equal(one["indices"], plain["indices"])
-    assert len(set(rounds["indices"].tolist()) & set(exact["indices"].tolist())) >= 7
-    assert rounds["redundancy"].any()
-    assert not plain["redundancy"].any()
 
 
 def test_paper_mode_samples_uniformly_and_greats_does_not() -> None:
@@ -268,13 +260,18 @@ def test_the_entropy_target_sets_the_temperature() -> None:
     assert found["temperature"] > 0
 
 
-def test_difference_and_subsets_rank_as_the_whole_does() -> None:
-    whole = Run(config("model.layers=2")).go(2)[1]["utility"]
-    difference = Run(config("model.layers=2", "selection.derivative=difference")).go(2)[1]["utility"]
+def test_differences_are_near_the_exact_utilities() -> None:
+    whole = Run(config()).go(2)[1]["utility"]
+    difference = Run(config("selection.derivative=difference")).go(2)[1]["utility"]
     np.testing.assert_allclose(difference, whole, atol=0.05 * np.abs(whole).max())
-    top = Run(config("model.layers=2", "selection.parameters=top_half")).go(2)[1]["utility"]
-    assert np.corrcoef(top, whole)[0, 1] > 0.5
-    assert np.abs(top - whole).max() > 1e-3 * np.abs(whole).max()
+    assert (difference != whole).any()
+
+
+def test_a_subset_of_the_parameters_is_the_same_for_both_engines() -> None:
+    settings = ("model.layers=2", "selection.parameters=top_half")
+    top = Run(config(*settings)).go(2)[1]["utility"]
+    oracle = Run(config(*settings, "selection.engine=per_example")).go(2)[1]["utility"]
+    np.testing.assert_allclose(top, oracle, rtol=2e-3, atol=1e-6)
 
 
 def test_random_windows_lie_somewhere_else_at_every_step() -> None:
