@@ -54,7 +54,7 @@ _NONE: Settings = {"selection.method": "none"}
 _FEEDBACK: Settings = {
     "selection.method": "opus",
     "selection.temperature": float("inf"),  # score only
-    "selection.ratio": 0.25,
+    "selection.ratio": 0.5,
     "selection.select_every": 10,
     "selection.warm_start_steps": 5,
     "feedback.enabled": True,
