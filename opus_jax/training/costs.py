@@ -14,6 +14,7 @@ from opus_jax.data.buffers import Buffers
 from opus_jax.models import transformer
 from opus_jax.models.flops import difference_flops, forward_flops, moving_flops
 from opus_jax.models.presets import ModelSpec
+from opus_jax.selection import paper
 from opus_jax.training.scoring import LOSS_METHODS, is_directed
 
 NEWTON_SCHULZ_STEPS = 5
@@ -80,7 +81,7 @@ def _redundancy_flops(spec: ModelSpec, config: Config, scored_row: int, directio
     if settings.method == "greats":
         return gram * _block_parameters(spec)
     if settings.method == "paper":  # inner products of sketches; hashing is no matrix product
-        return gram * min(_block_parameters(spec), 8192 * _block_matrices(spec))
+        return gram * min(_block_parameters(spec), paper.SKETCH * _block_matrices(spec))
     if settings.method != "opus" or not settings.redundancy:
         return 0
     row = forward_flops(spec, settings.window or config.corpus.row_tokens)
