@@ -155,9 +155,9 @@ class FeedbackConfig:
     window_steps: int = 50  # steps of a plan; scores of window w - 1 and before decide the plan of window w + 1
     groups: list[str] = field(default_factory=lambda: ["domain", "cluster", "document"])  # coarse to fine
     clusters: int = 64  # of the embedded documents
-    temperature: float = 0.3  # of the plan, on estimated z-scores; smaller = sharper
-    shrinkage: float = 16.0  # scores that a group's parent counts for in its estimate
-    decay: float = 0.9  # weight of earlier windows, per window
+    temperature: float = 0.15  # of the plan, on estimated z-scores; smaller = sharper
+    shrinkage: Optional[float] = None  # scores that a group's parent counts for; null = estimated from the scores
+    decay: float = 0.95  # weight of earlier windows, per window
     floor: float = 0.01  # least share of every domain with rows
     max_epochs: Optional[float] = 4.0  # passes over a domain that the run may reach; null = any
     shuffle: bool = False  # a control: scores are dealt out anew among the candidates of a buffer

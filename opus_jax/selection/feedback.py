@@ -5,6 +5,8 @@ Worths are means over past windows, each shrunk towards its parent's (domain, cl
 
     m_g = (sum of scores + shrinkage * m_parent) / (number of scores + shrinkage)
 
+(the shrinkage estimated from how far groups differ, unless set),
+
 and the next plan is the Boltzmann law over rows with these worths, p(row) ~ base(row) exp(m / temperature), with a
 least share of every domain, a least share of every row within its domain, and a limit on how often a row may come.
 
@@ -51,7 +53,8 @@ class FeedbackState:
 
     Attributes:
       base: float64[U], the shares of the first plan; what has none is never offered.
-      sums: for each level float64[groups, 3]: number, sum and sum of squares of scores of closed windows, decayed.
+      sums: for each level float64[groups, 4] over the scores of closed windows: their weights, which decay, weighted
+        sum and sum of squares, and the weights' squares.
       exposure: float64[U], passes over each unit that plans have asked for.
       window: buffers of the open window.
       windows: how many are closed.
@@ -81,7 +84,8 @@ class FeedbackState:
 
     def close(self) -> "FeedbackState":
         """End the window: its scores join those of earlier ones, which lose weight."""
-        sums = [self.settings.decay * past for past in self.sums]
+        decay = self.settings.decay
+        sums = [past * np.array([decay, decay, decay, decay**2]) for past in self.sums]
         worth = self.worths()[0]
         for buffer in self.window:
             z = standardised(buffer, worth)
@@ -96,9 +100,13 @@ class FeedbackState:
         """For each level float64[groups]: the shrunk means, in units of the spread within a domain."""
         found: list[np.ndarray] = []
         for sums, parents in zip(self.sums, self.groups.parents, strict=True):
-            parent = found[-1][parents] if found else 0.0
-            weight = np.maximum(sums[:, 0] + self.settings.shrinkage, 1e-9)
-            found.append((sums[:, 1] + self.settings.shrinkage * parent) / weight)
+            parent = found[-1][parents] if found else np.zeros(len(sums))
+            shrinkage = self.settings.shrinkage
+            shrinkage = estimated_shrinkage(sums, parent) if shrinkage is None else max(shrinkage, 1e-9)
+            count, mean = effective_counts(sums), parent.copy()
+            np.divide(sums[:, 1], sums[:, 0], out=mean, where=count > 0)
+            share = np.divide(count, count + shrinkage, out=np.zeros(len(count)), where=count > 0)
+            found.append(share * mean + (1 - share) * parent)
         return found
 
     def propose(self, slots: int) -> tuple["FeedbackState", Proposal]:
@@ -185,7 +193,7 @@ def start(
         raise ConfigError(
             "feedback.floor", settings.floor, f"must be at most 1 / {offered} domains = {1 / offered:.4g}"
         )
-    sums = tuple(np.zeros((size, 3)) for size in groups.sizes)
+    sums = tuple(np.zeros((size, 4)) for size in groups.sizes)
     shares = groups.unit_shares(base / base.sum(), priorities)
     return FeedbackState(groups, settings, shares, sums, np.zeros(len(groups.unit_rows)))
 
@@ -235,6 +243,29 @@ def standardised(buffer: Buffer, worths: Float[np.ndarray, " G"]) -> Float[np.nd
     return z
 
 
+def effective_counts(sums: Float[np.ndarray, "g 4"]) -> Float[np.ndarray, " g"]:
+    """How many scores of equal weight would tell as much as the decayed ones: (sum of weights)^2 / sum of squares."""
+    return np.divide(sums[:, 0] ** 2, sums[:, 3], out=np.zeros(len(sums)), where=sums[:, 3] > 0)
+
+
+def estimated_shrinkage(sums: Float[np.ndarray, "g 4"], parent: Float[np.ndarray, " g"]) -> float:
+    """How many scores the parent's worth counts for: variance of scores within groups over that of groups' worths.
+
+    The worths' variance is what the means vary by, around the parents, beyond what their scores' spread explains (the
+    moment estimate of DerSimonian and Laird). Where that is nothing, groups are not told apart and the parent counts
+    for everything.
+    """
+    count = effective_counts(sums)
+    seen = count > 1
+    weight, mean = sums[seen, 0], sums[seen, 1] / np.maximum(sums[seen, 0], 1e-300)
+    freedom = (weight * (1 - 1 / count[seen])).sum()
+    if seen.sum() < 2 or freedom <= 0:
+        return np.inf
+    within = (sums[seen, 2] - weight * mean**2).sum() / freedom
+    between = ((weight * (mean - parent[seen]) ** 2).sum() - within * (weight / count[seen]).sum()) / weight.sum()
+    return float(within / between) if between > 0 else np.inf
+
+
 def water_fill(shares: Float[np.ndarray, " U"], capacity: Float[np.ndarray, " U"]) -> Float[np.ndarray, " U"]:
     """min(level * shares, capacity) with the level at which the result sums to 1; capacity alone where it cannot."""
     if capacity.sum() <= 1:
@@ -250,11 +281,13 @@ def water_fill(shares: Float[np.ndarray, " U"], capacity: Float[np.ndarray, " U"
     return np.minimum(np.where(shares > 0, level * shares, 0.0), capacity)
 
 
-def standard_errors(sums: Float[np.ndarray, "g 3"]) -> Float[np.ndarray, " g"]:
+def standard_errors(sums: Float[np.ndarray, "g 4"]) -> Float[np.ndarray, " g"]:
     """Of the means of scores; NaN where fewer than two were seen."""
-    count = np.where(sums[:, 0] >= 2, sums[:, 0], np.nan)
-    variance = np.maximum(sums[:, 2] / count - (sums[:, 1] / count) ** 2, 0)
-    return np.sqrt(variance / count)
+    count = effective_counts(sums)
+    count = np.where(count >= 2, count, np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        variance = np.maximum(sums[:, 2] / sums[:, 0] - (sums[:, 1] / sums[:, 0]) ** 2, 0)
+    return np.sqrt(variance / (count - 1))
 
 
 def _require_rows(base: np.ndarray, rows: np.ndarray) -> None:
@@ -265,7 +298,7 @@ def _require_rows(base: np.ndarray, rows: np.ndarray) -> None:
 
 
 def _add(sums: np.ndarray, group: np.ndarray, z: np.ndarray, weight: np.ndarray) -> None:
-    for column, values in enumerate((weight, weight * z, weight * z * z)):
+    for column, values in enumerate((weight, weight * z, weight * z * z, weight**2)):
         sums[:, column] += np.bincount(group, values, len(sums))
 
 

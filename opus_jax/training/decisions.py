@@ -7,7 +7,7 @@ import numpy as np
 
 from opus_jax.data.plan import Plan
 from opus_jax.selection.bandit import BanditState
-from opus_jax.selection.feedback import FeedbackState, Proposal, standard_errors
+from opus_jax.selection.feedback import FeedbackState, Proposal, effective_counts, standard_errors
 from opus_jax.training.steering import Controller, Describe
 
 STOPPED_BELOW = 0.1  # of its first share: what the stream no longer offers
@@ -37,7 +37,7 @@ def _feedback(state: FeedbackState, proposal: Proposal, plan: Plan, domains: Seq
 
 def _domains(state: FeedbackState, proposal: Proposal, plan: Plan, names: Sequence[str]) -> dict[str, Any]:
     worths, sums = state.worths()[0], state.sums[0]
-    columns = (proposal.weights, worths, standard_errors(sums), sums[:, 0], _epochs(plan))
+    columns = (proposal.weights, worths, standard_errors(sums), effective_counts(sums), _epochs(plan))
     keys = ("weight", "mean", "standard_error", "scores", "epochs")
     return {
         name: dict(zip(keys, map(float, values), strict=True)) for name, *values in zip(names, *columns, strict=False)
@@ -52,12 +52,12 @@ def _clusters(state: FeedbackState, proposal: Proposal, domains: Sequence[str]) 
         np.bincount(cell, values, len(worths))
         for values in (proposal.record["shares"], proposal.record["base"], groups.unit_rows)
     )
-    errors = standard_errors(sums)
+    errors, counts = standard_errors(sums), effective_counts(sums)
     return [
         {
             "cluster": cluster, "label": label, "domain": domains[int(groups.parents[level][i])],
             "rows": float(rows[i]), "mean": float(worths[i]), "standard_error": float(errors[i]),
-            "scores": float(sums[i, 0]), "share": float(share[i]), "base_share": float(base[i]),
+            "scores": float(counts[i]), "share": float(share[i]), "base_share": float(base[i]),
         }
         for i, (cluster, label) in enumerate(groups.labels)
     ]  # fmt: skip

@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 from opus_jax.config import FeedbackConfig
 from opus_jax.data.plan import Plan, fitted
 from opus_jax.errors import ConfigError
-from opus_jax.selection.feedback import FeedbackState, standardised, start, update, water_fill
+from opus_jax.selection.feedback import (
+    Buffer,
+    FeedbackState,
+    effective_counts,
+    estimated_shrinkage,
+    standard_errors,
+    standardised,
+    start,
+    update,
+    water_fill,
+)
 from opus_jax.selection.groups import domain_groups, nested_groups
 
 ROWS = [1000, 800, 1200, 400]
@@ -119,6 +129,41 @@ def test_little_seen_groups_borrow_from_their_parent():
     assert priorities[:20].sum() > 2 * priorities[20:].sum()
 
 
+@pytest.mark.parametrize("decay", [1.0, 0.8])
+@pytest.mark.parametrize("spread", [0.3, 1.0])
+def test_shrinkage_is_estimated_from_how_far_groups_differ(spread, decay):
+    """Scores of spread 1 within 60 groups whose worths have a known spread: the ratio of the variances."""
+    dice = np.random.default_rng(0)
+    found = []
+    for _ in range(20):
+        worths, sums = spread * dice.normal(size=60), np.zeros((60, 4))
+        for _ in range(12):
+            sums *= [decay, decay, decay, decay**2]
+            group = dice.integers(0, 60, 240)
+            z = worths[group] + dice.normal(size=240)
+            for column, values in enumerate((np.ones(240), z, z * z, np.ones(240))):
+                sums[:, column] += np.bincount(group, values, 60)
+        found.append(estimated_shrinkage(sums, np.zeros(60)))
+    assert np.median(found) == pytest.approx(1 / spread**2, rel=0.25)
+
+
+def test_groups_that_do_not_differ_are_not_told_apart():
+    dice, sums = np.random.default_rng(1), np.zeros((40, 4))
+    group, z = dice.integers(0, 40, 4000), dice.normal(size=4000)
+    for column, values in enumerate((np.ones(4000), z, z * z, np.ones(4000))):
+        sums[:, column] += np.bincount(group, values, 40)
+    assert estimated_shrinkage(sums, np.zeros(40)) > 100
+    assert estimated_shrinkage(np.zeros((40, 4)), np.zeros(40)) == np.inf
+
+
+def test_decayed_scores_count_for_less_but_not_too_little():
+    sums = np.zeros((1, 4))
+    for _ in range(400):
+        sums = sums * [0.9, 0.9, 0.9, 0.81] + [[5, 0, 5, 5]]
+    assert effective_counts(sums)[0] == pytest.approx(5 * 1.9 / 0.1, rel=1e-3)
+    assert standard_errors(sums)[0] == pytest.approx(1 / np.sqrt(94), rel=1e-2)
+
+
 def test_clusters_count_within_their_domain():
     documents, clusters = np.arange(12)[:, None], np.array([0, 1] * 6)
     groups = nested_groups(["domain", "cluster"], np.array([6, 6]), documents, 12, clusters, ["alpha", "beta"])
@@ -216,7 +261,6 @@ def test_standardised_is_blind_to_scale_and_offset():
     dice = np.random.default_rng(0)
     domains = dice.integers(0, 3, 50)
     scores = dice.normal(size=50) + domains
-    from opus_jax.selection.feedback import Buffer
 
     def z(values):
         return standardised(Buffer(values, domains, np.full((50, 1), -1)), np.zeros(3))
