@@ -136,6 +136,7 @@ class ProxyConfig:
     path: Optional[str] = None  # text, JSONL or Parquet: files: the proxy itself; retrieved: what it shall be like
     retrieved_share: float = 0.01  # retrieved: share of the corpus's bytes taken as proxy
     embedder: str = "hashing"  # retrieved, clusters: hashing (built in) | package.module:function
+    limit: Optional[int] = None  # rows of the proxy that are used at all, spread over it; null = all
     rows: int = 16  # proxy rows per refresh
     refresh: int = 1  # scored steps between fresh proxy gradients
     ema: float = 0.0  # weight of the past in the proxy gradient; 0 = the fresh one only

@@ -43,7 +43,7 @@ _AT_LEAST = {
     "selection.temperature": 0.0, "selection.window": 2, "selection.score_chunk": 1,
     "selection.redundancy": 0.0, "selection.redundancy_rounds": 1, "selection.select_every": 1,
     "selection.warm_start_steps": 0, "selection.audit_every": 0, "selection.audit_rows": 3,
-    "proxy.rows": 1, "proxy.refresh": 1, "evaluation.rows": 1, "evaluation.batch_rows": 1,
+    "proxy.limit": 1, "proxy.rows": 1, "proxy.refresh": 1, "evaluation.rows": 1, "evaluation.batch_rows": 1,
     "feedback.window_steps": 1, "feedback.clusters": 1, "feedback.shrinkage": 0.0, "feedback.floor": 0.0,
     "mesh.replica": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "checkpoint.keep": 1, "report.examples": 1,
 }  # fmt: skip

@@ -266,6 +266,12 @@ def offered(config: Config, place: Place) -> Any:
     return seen
 
 
+def proxy_drawn(config: Config, place: Place) -> Any:
+    """Different rows among the proxy's first hundred."""
+    plan = proxy_plan(Manifest.load(prepare(config, progress=False)), config)
+    return np.unique(rows_at(plan, 0, 0, 100)).tolist()
+
+
 def audited_steps(config: Config, place: Place) -> Any:
     return [number for number in range(1, config.run.steps + 1) if loop._audited(config, number)]
 

@@ -113,6 +113,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "proxy.path": (see.records, "{place.folder}/other/prose", *FILES),
     "proxy.retrieved_share": (see.records, 0.05, *RETRIEVED),
     "proxy.embedder": (see.records, "observations:letters", *RETRIEVED),
+    "proxy.limit": (see.proxy_drawn, 5),
     "proxy.rows": (see.step, 16),
     "proxy.refresh": (see.step, 2),
     "proxy.ema": (see.step, 0.5),

@@ -10,6 +10,7 @@ from typing import Any
 SETTINGS = ("in_pool", "absent", "clean")
 TARGET_SHARE = 1 / 8
 NOISE_SHARE = 0.1
+PROXY_ROWS = 96  # all the target text that anyone has: a few percent of what a run trains on
 NOISE = ("shuffle", "characters", "repetition", "boilerplate")  # dealt to the domains in turn
 
 
@@ -72,5 +73,5 @@ def pool(mix: Mix, setting: str, target_share: float | None = None) -> dict[str,
             "weights": weights,
             "noise": {} if setting == "clean" else noise,
         },
-        "proxy": {"domains": [mix.target]},
+        "proxy": {"domains": [mix.target], "limit": PROXY_ROWS},
     }

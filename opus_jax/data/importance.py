@@ -19,8 +19,8 @@ from opus_jax.data.blocks import blocks
 from opus_jax.data.dedup import mix, word_hashes
 from opus_jax.data.documents_table import iterate_texts, read_columns
 from opus_jax.data.plan import initial_plan
-from opus_jax.data.proxy_rows import proxy_plan
-from opus_jax.data.records import Manifest
+from opus_jax.data.proxy_rows import proxy_plan, proxy_row_indices
+from opus_jax.data.records import Manifest, RowReader
 from opus_jax.errors import UserError
 
 BUCKETS = 10_000  # as in the paper
@@ -69,10 +69,10 @@ def resample(
 
 
 def _proxy_documents(records: str | Path, manifest: Manifest, config: Config) -> Int64[np.ndarray, " targets"]:
-    columns = read_columns(records, "split", "domain_id")
-    domains = np.flatnonzero(proxy_plan(manifest, config).domain_weights)
-    in_proxy = np.array(columns["split"], dtype=object) == "proxy"
-    return np.flatnonzero(in_proxy & np.isin(columns["domain_id"], domains))
+    """Ids of the documents in the rows that the proxy is drawn from."""
+    rows = proxy_row_indices(proxy_plan(manifest, config))
+    documents = RowReader(records, "proxy").row_documents[rows]
+    return np.unique(documents[documents >= 0])
 
 
 def _bucket_counts(records: str | Path, member: np.ndarray) -> Int64[np.ndarray, "sets buckets"]:

@@ -1,6 +1,9 @@
 """Which rows of the proxy split stand for what the model should become good at."""
 
+from dataclasses import replace
+
 import numpy as np
+from jaxtyping import Int
 
 from opus_jax.config import Config
 from opus_jax.data.documents import require_known
@@ -26,7 +29,20 @@ def proxy_plan(manifest: Manifest, config: Config) -> Plan:
     weights = np.where(np.isin(manifest.domains, counted), counts, 0).astype(np.float64)
     if not weights.any():
         raise UserError(f"proxy.domains = {counted}: no proxy rows: {more_proxy_text(config)}")
-    return fitted(Plan(weights), counts)
+    if config.proxy.limit is None:
+        return fitted(Plan(weights), counts)
+    domain, wanted = np.repeat(np.arange(len(counts)), counts), np.flatnonzero(np.repeat(weights > 0, counts))
+    used = min(config.proxy.limit, len(wanted))
+    repeats = np.bincount(wanted[np.arange(used) * len(wanted) // used], minlength=counts.sum()).astype(np.int32)
+    used_weights = np.bincount(domain, repeats, len(counts)).astype(np.float64)
+    return replace(fitted(Plan(used_weights), counts), row_repeats=repeats)
+
+
+def proxy_row_indices(plan: Plan) -> Int[np.ndarray, " R"]:
+    """Rows of the proxy split that its plan draws from, in order."""
+    return np.concatenate(
+        [np.unique(rows) for rows, w in zip(plan.domain_entries, plan.domain_weights, strict=True) if w]
+    )
 
 
 def more_proxy_text(config: Config) -> str:

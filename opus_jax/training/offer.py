@@ -10,7 +10,7 @@ from opus_jax.data.clusters import document_clusters
 from opus_jax.data.importance import dsir_documents
 from opus_jax.data.joined_reader import WithProxyRows
 from opus_jax.data.plan import Plan, advance, fitted, initial_plan
-from opus_jax.data.proxy_rows import proxy_plan
+from opus_jax.data.proxy_rows import proxy_plan, proxy_row_indices
 from opus_jax.data.records import Manifest, RowReader
 from opus_jax.errors import ConfigError
 from opus_jax.selection import bandit, feedback
@@ -25,10 +25,8 @@ def candidate_reader(records: Path, manifest: Manifest, config: Config) -> Reade
     train = RowReader(records, "train")
     if not config.plan.proxy_rows_share:
         return train
-    proxy, plan = RowReader(records, "proxy"), proxy_plan(manifest, config)
-    wanted = np.flatnonzero(plan.domain_weights)
-    rows = np.concatenate([np.asarray(proxy.domain_rows[domain]) for domain in wanted])
-    return WithProxyRows(train, proxy, rows)
+    rows = proxy_row_indices(proxy_plan(manifest, config))
+    return WithProxyRows(train, RowReader(records, "proxy"), rows)
 
 
 def first_plan(reader: Reader, records: Path, manifest: Manifest, config: Config) -> Plan:

@@ -1,6 +1,5 @@
 """The direction along which a finished or running run would score its next batch, from its newest checkpoint."""
 
-import itertools
 from typing import Any
 
 import jax
@@ -8,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from opus_jax.data.plan import initial_plan, rows_at
+from opus_jax.data.proxy_rows import proxy_row_indices
 from opus_jax.data.records import batch_of
 from opus_jax.distributed.axes import replicated
 from opus_jax.errors import UserError
@@ -26,10 +26,7 @@ Gradient = PyTree[Float[Array, "..."]]
 def proxy_row_ids(parts: Parts) -> Int[np.ndarray, " R"]:
     """Rows of the proxy split that stand for the target: all of the wanted domains, or as many as are used, at equal
     distances."""
-    bounds = itertools.pairwise(parts.manifest.domain_starts("proxy").tolist())
-    weights = parts.proxy_plan().domain_weights
-    rows = np.concatenate([np.arange(a, b) for (a, b), w in zip(bounds, weights, strict=True) if w > 0])
-    return spread(rows, PROXY_BATCHES * parts.config.proxy.rows)
+    return spread(proxy_row_indices(parts.proxy_plan()), PROXY_BATCHES * parts.config.proxy.rows)
 
 
 def direction_facts(parts: Parts) -> dict[str, Any]:

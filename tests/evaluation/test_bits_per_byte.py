@@ -1,6 +1,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import jax
@@ -38,11 +39,13 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return preparation.prepare(from_mapping({"corpus": corpus, "tokenizer": {"kind": "byte"}}), progress=False)
 
 
-def evaluator(records: Path, rows: int = 1000, batch_rows: int = 24, mesh: MeshConfig | None = None) -> Evaluator:
+def evaluator(
+    records: Path, rows: int = 1000, batch_rows: int = 24, mesh: MeshConfig | None = None, **changes: Any
+) -> Evaluator:
     reader = RowReader(records, "validation")
     return make_evaluator(
         SPEC, make_mesh(mesh or MeshConfig()), reader, Manifest.load(records), load_tokenizer(records).token_bytes,
-        EvaluationConfig(rows=rows, batch_rows=batch_rows),
+        EvaluationConfig(rows=rows, batch_rows=batch_rows, **changes),
     )  # fmt: skip
 
 
