@@ -273,7 +273,7 @@ def from_mapping(mapping: dict[str, Any], overrides: list[str] | tuple[str, ...]
 
 def changed_keys(old: Config, new: Config) -> list[str]:
     """Dotted names of the keys whose values differ; where the run folder lies is not a difference."""
-    before, after = _flatten(old.to_mapping()), _flatten(new.to_mapping())
+    before, after = dotted(old.to_mapping()), dotted(new.to_mapping())
     keys = sorted(before.keys() | after.keys())
     return [key for key in keys if key != "run.dir" and before.get(key) != after.get(key)]
 
@@ -335,7 +335,7 @@ def _reject_unknown(mapping: Any, cls: type, prefix: str) -> None:
 
 def _nearest(prefix: str, key: str, known: Iterable[str]) -> str:
     """The key that was meant: one of this section, or, where the section was left out, one of that name."""
-    elsewhere = [name for name in _flatten(Config().to_mapping()) if name.endswith(f".{key}")]
+    elsewhere = [name for name in dotted(Config().to_mapping()) if name.endswith(f".{key}")]
     if elsewhere and not prefix:
         return elsewhere[0]
     return prefix + difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
@@ -369,11 +369,12 @@ def _leaves(section: Any) -> Any:
     return dataclasses.fields(section.default_factory)
 
 
-def _flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries under dotted names."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= dotted(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -52,13 +52,7 @@ DEVELOPMENT = Mix(
     ("scripture", "politics", "fiction"),
     ("python-code", "databases", "biology", "legal", "dictionary", "glosses", "kernel-docs"),
 )
-DEVELOPMENT_2 = Mix(
-    "development2",
-    "databases",
-    ("kernel-docs", "python-docs", "python-code"),
-    ("fiction", "scripture", "commentary", "politics", "dictionary", "glosses", "biology", "legal"),
-)
-MIXES = {mix.name: mix for mix in (REPORT, DEVELOPMENT, DEVELOPMENT_2)}
+MIXES = {mix.name: mix for mix in (REPORT, DEVELOPMENT)}
 ALL_DOMAINS = tuple(sorted({*REPORT.domains, *DEVELOPMENT.domains}))  # prepared once, for both mixes
 
 

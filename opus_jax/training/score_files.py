@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Shaped
 
+from opus_jax.config import dotted
 from opus_jax.errors import UserError
 from opus_jax.training.atomic import remove_partial_files, write_atomic
 from opus_jax.training.run_lock import NAME as LOCK
@@ -139,7 +140,7 @@ def _refuse_changed(folder: Path, settings: dict[str, Any]) -> None:
     file, begun = folder / SETTINGS, (folder / SCORES).exists() or bool(part_files(folder))
     if not (begun and file.is_file()):
         return
-    old, new = _dotted(json.loads(file.read_text())), _dotted(json.loads(encode(settings)))
+    old, new = dotted(json.loads(file.read_text())), dotted(json.loads(encode(settings)))
     changed = [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())
@@ -148,13 +149,6 @@ def _refuse_changed(folder: Path, settings: dict[str, Any]) -> None:
     if changed:
         said = "; ".join(changed)
         raise UserError(f"{folder} holds scores of other settings ({said}): set these back, or choose another --output")
-
-
-def _dotted(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def write_table(file: Path, table: pa.Table) -> None:

@@ -84,20 +84,16 @@ class Chooser:
             state.proxy_gradient, scored, lambda: fresh()[0], refresh=config.proxy.refresh, ema=config.proxy.ema
         )
 
-    def score(
-        self, v: Gradient, key: Key[Array, ""], rows: Batch | None = None, *, chunk: int | None = None
-    ) -> Float[Array, " N"]:
+    def score(self, v: Gradient, key: Key[Array, ""], rows: Batch | None = None) -> Float[Array, " N"]:
         """Utilities of rows (the candidates unless given) by the configured engine, window and parameters."""
-        settings = self.config.selection
-        rows = self.candidates if rows is None else rows
-        cut = window(rows, settings.window, settings.window_place, jax.random.fold_in(key, 1))
+        settings, cut = self.config.selection, self._cut(key, rows)
         moving, fixed = parameter_subset.split(self.state.params, settings.parameters)
         v, _ = parameter_subset.split(v, settings.parameters)
 
         def losses(part: Any, batch: Batch) -> Float[Array, " n"]:
-            return row_losses(self.spec, parameter_subset.join(part, fixed), batch)
+            return self._row_losses(parameter_subset.join(part, fixed), batch)
 
-        chunk = chunk if rows is not self.candidates else settings.score_chunk
+        chunk = settings.score_chunk if rows is None else None
         if settings.engine == "per_example":
             return per_example.utilities(losses, moving, v, cut, chunk=chunk)
         return directional.utilities(losses, moving, v, cut, method=settings.derivative, chunk=chunk)
@@ -170,13 +166,19 @@ class Chooser:
     def _row_losses(self, params: Any, rows: Batch) -> Float[Array, " n"]:
         return row_losses(self.spec, params, rows)
 
-    def _cut(self, key: Key[Array, ""]) -> Batch:
+    def _cut(self, key: Key[Array, ""], rows: Batch | None = None) -> Batch:
+        """The part of rows (the candidates unless given) that is scored."""
         settings = self.config.selection
-        return window(self.candidates, settings.window, settings.window_place, jax.random.fold_in(key, 1))
+        return window(
+            self.candidates if rows is None else rows,
+            settings.window,
+            settings.window_place,
+            jax.random.fold_in(key, 1),
+        )
 
     def _losses(self, key: Key[Array, ""]) -> Float[Array, " N"]:
         return map_chunks(
-            partial(row_losses, self.spec, self.state.params), self._cut(key), self.config.selection.score_chunk
+            partial(self._row_losses, self.state.params), self._cut(key), self.config.selection.score_chunk
         )
 
     def _precondition(self, gradient: Gradient, reference: Gradient) -> tuple[Gradient, Int[Array, ""]]:
