@@ -23,7 +23,7 @@ from benchmarks.efficiency.tuning import first_trials, frozen_choice, tune
 from benchmarks.harness import Figures, measured, parser_of, report
 from opus_jax.errors import UserError
 
-STEPS, TUNING_STEPS = 480, 240
+STEPS, TUNING_STEPS = 640, 240
 SEEDS = (11, 12, 13, 14, 15)  # fresh: never used while arms and grids were made
 TUNING_FILE = Path(__file__).parent / "results" / "data_efficiency_tuning.json"
 FULL, TUNING = Scale(STEPS), Scale(TUNING_STEPS)
