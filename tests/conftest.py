@@ -16,4 +16,4 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("opus_jax", "beartype.beartype")
+install_import_hook(["opus_jax", "pallas_kernels"], "beartype.beartype")

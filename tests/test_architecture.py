@@ -28,16 +28,18 @@ FLOORS = [
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 METHODS = ("mixture", "synthesis", "curriculum")
-SOURCES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "pallas_kernels").rglob("*.py")])
 
-# Rooms of one floor do not know each other, except: evaluation reads the validation rows that data wrote, and
-# feedback makes the plans that data samples from.
-NEIGHBOURS = {("evaluation", "data"), ("selection", "data")}
+# Rooms of one floor do not know each other, except: evaluation reads the validation rows that data wrote, feedback
+# makes the plans that data samples from, and kernels are split over the mesh as the rules of the axes say.
+NEIGHBOURS = {("evaluation", "data"), ("selection", "data"), ("pallas_kernels", "distributed")}
 
 
 def room_of(module: str) -> str:
-    """opus_jax.data.plan -> data; opus_jax.config -> config; opus_jax itself -> the library face."""
+    """opus_jax.data.plan -> data; opus_jax itself -> the library face; the kernels are one room."""
     parts = module.split(".")
+    if parts[0] == "pallas_kernels":
+        return parts[0]
     return parts[1] if len(parts) > 1 else "opus_jax"
 
 

@@ -1,0 +1,1 @@
+"""Signed fold of gradients: CountSketch with signs computed on the fly."""
