@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from opus_jax.data.plan import Plan, advance
     from opus_jax.influence.directional import document_utilities, token_utilities, utilities
     from opus_jax.influence.per_example import per_example_gradients
+    from opus_jax.influence.sketch import sketch
     from opus_jax.optim.preconditioner import direction
     from opus_jax.reports.run import load_run
     from opus_jax.selection import feedback
@@ -41,6 +42,7 @@ _HOME = {
     "token_utilities": "opus_jax.influence.directional",
     "document_utilities": "opus_jax.influence.directional",
     "per_example_gradients": "opus_jax.influence.per_example",
+    "sketch": "opus_jax.influence.sketch.tree",
     "select": "opus_jax.selection.opus",
     "feedback": "opus_jax.selection.feedback",
     "Plan": "opus_jax.data.plan",
@@ -64,6 +66,7 @@ __all__ = [
     "load_run",
     "per_example_gradients",
     "select",
+    "sketch",
     "token_utilities",
     "train",
     "utilities",

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, PyTree, UInt32
 
 from opus_jax.influence.chunks import map_chunks
 from opus_jax.influence.per_example import LossFn, per_example_gradients
-from opus_jax.influence.sketch import hashed, random_signs
+from opus_jax.influence.sketch import Sketch, sketch_tree
 
 Params = PyTree[Any]
 Batch = PyTree[Any]  # leaves with the candidates on their first axis
@@ -64,26 +64,25 @@ def sketched_alignment_and_gram(
     proxy_gradient: PyTree[Array],
     precondition: Precondition,
     *,
-    m: int,
-    key: Key[Array, ""],
+    sketch: Sketch,
+    seed: UInt32[Array, ""],
     chunk: int | None = None,
 ) -> tuple[Float[Array, " N"], Float[Array, "N N"]]:
     """The same through sketches of the displacements P g_i and of g_proxy (arXiv 2602.05400 eq. 24-25): unbiased.
 
     alignment_i = sum_layers <sketch P g_i, sketch g_proxy>, gram_ij = sum_layers <sketch P g_i, sketch P g_j> (H = I).
-    One chunk's gradients exist at a time, and N x layers x m numbers in the end.
+    One chunk's gradients exist at a time, and N x layers x sketch.width numbers in the end.
 
     Args: as `alignment_and_gram`.
-      m: width of a layer's sketch; see `count_sketch`.
-      key: the hash; the same key is the same hash at every call.
+      sketch: the family, and the numbers it keeps of each layer's matrix.
+      seed: the hash; the same seed is the same hash at every call.
     """
-    signs = random_signs(params, key)
 
     def sketches(rows: Batch) -> Float[Array, "n L m"]:
-        return hashed(jax.vmap(precondition)(per_example_gradients(loss_fn, params, rows)), signs, m)
+        return sketch_tree(sketch, jax.vmap(precondition)(per_example_gradients(loss_fn, params, rows)), seed)
 
     candidates = map_chunks(sketches, batch, chunk)
-    proxy = hashed(jax.tree.map(lambda g: g[None], proxy_gradient), signs, m)
+    proxy = sketch_tree(sketch, jax.tree.map(lambda g: g[None], proxy_gradient), seed)
     return _inner(candidates, proxy)[:, 0], _inner(candidates, candidates)
 
 

@@ -4,7 +4,6 @@ Both contain the learning rate once, leave out clipping, and are symmetric, so P
 floor as in the exact derivative, so that a comparison is not decided by never-seen rows.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,33 +35,38 @@ def frozen_product(
       params: the parameters.
       gradient: tree like the parameters.
     """
-    nu = second_moments(opt_state, params, optimizer.config.beta2)
-    momentum = muon_momentum(opt_state, params)
-    by_diagonal = _diagonal(optimizer, opt_state, second_moment_floor(nu))
-    by_matrix = _matrix(optimizer, opt_state)
+    factor, denominators = adam_parts(optimizer, opt_state, params)
 
-    def product(g: Array, nu: Array | None, q: Array | None) -> Array:
-        if nu is not None:
-            return by_diagonal(g, nu)
-        assert q is not None, "a parameter belongs to AdamW or to Muon"
-        return by_matrix(g, q)
+    def product(g: Array, denominator: Array | None, side: Array | None) -> Array:
+        if denominator is not None:
+            return (factor * g / denominator).astype(g.dtype)
+        assert side is not None, "a parameter belongs to AdamW or to Muon"
+        return (g @ side).astype(g.dtype)
 
-    return jax.tree.map(product, gradient, nu, momentum)
+    return jax.tree.map(product, gradient, denominators, muon_output_sides(optimizer, opt_state, params))
 
 
-def _diagonal(optimizer: Optimizer, opt_state: Any, floor: Float[Array, ""]) -> Callable[[Array, Array], Array]:
+def adam_parts(
+    optimizer: Optimizer, opt_state: Any, params: PyTree[Array]
+) -> tuple[Float[Array, ""], PyTree[Float[Array, "..."] | None]]:
+    """(factor, denominators) of AdamW's P = factor / denominator, elementwise; None where Adam holds no parameter."""
     config, count = optimizer.config, find_states(opt_state, optax.ScaleByAdamState)[0].count
     weight = (1 - config.beta1) / (1 - jnp.asarray(config.beta1, jnp.float32) ** (count + 1))
-    factor = optimizer.rates["adam"](count) * weight
-    return lambda g, nu: (factor * g / (jnp.sqrt(nu + floor) + config.eps)).astype(g.dtype)
+    nu = second_moments(opt_state, params, config.beta2)
+    floor = second_moment_floor(nu)
+    return optimizer.rates["adam"](count) * weight, jax.tree.map(lambda v: jnp.sqrt(v + floor) + config.eps, nu)
 
 
-def _matrix(optimizer: Optimizer, opt_state: Any) -> Callable[[Array, Array], Array]:
+def muon_output_sides(
+    optimizer: Optimizer, opt_state: Any, params: PyTree[Array]
+) -> PyTree[Float[Array, "L columns columns"] | None]:
+    """Matrices R of Muon's P G = G R, rate and scale included; None where Muon holds no parameter."""
+    momentum = muon_momentum(opt_state, params)
     states = find_states(opt_state, contrib.MuonState)
     if not states:
-        return lambda g, q: g
+        return momentum
     factor = optimizer.rates["muon"](states[0].count) * (1 - optimizer.config.momentum**2)
-    return lambda g, q: (factor * muon_scale(g.shape) * g @ _one_step(q)).astype(g.dtype)
+    return jax.tree.map(lambda q: factor * muon_scale(q.shape) * _one_step(q), momentum)
 
 
 def _one_step(momentum: Float[Array, "L rows columns"]) -> Float[Array, "L columns columns"]:

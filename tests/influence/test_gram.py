@@ -10,6 +10,7 @@ from opus_jax.distributed.mesh import make_mesh
 from opus_jax.errors import UserError
 from opus_jax.influence.gram import alignment_and_gram, sketched_alignment_and_gram
 from opus_jax.influence.per_example import per_example_gradients
+from opus_jax.influence.sketch import CountSketch
 from opus_jax.optim.preconditioner import direction
 
 
@@ -51,7 +52,7 @@ def test_is_the_dense_algebra(mlp, both_sides, chunk):
 def sketched(case, precondition, m, chunk=None, seed=0):
     loss, params, proxy, batch = case
     return sketched_alignment_and_gram(
-        loss, params, batch, proxy, precondition, m=m, key=jax.random.key(seed), chunk=chunk
+        loss, params, batch, proxy, precondition, sketch=CountSketch(m), seed=jnp.uint32(seed), chunk=chunk
     )
 
 
@@ -90,7 +91,9 @@ def test_a_sketch_holds_one_chunk_of_gradients(mlp):
 
     same = lambda g: g  # noqa: E731
     narrow = temporary(
-        lambda p, x: sketched_alignment_and_gram(loss, p, x, p, same, m=64, key=jax.random.key(0), chunk=2)
+        lambda p, x: sketched_alignment_and_gram(
+            loss, p, x, p, same, sketch=CountSketch(64), seed=jnp.uint32(0), chunk=2
+        )
     )
     everything = temporary(lambda p, x: alignment_and_gram(loss, p, x, p, same))
     assert narrow < everything / 4

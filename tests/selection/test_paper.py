@@ -8,6 +8,7 @@ import pytest
 
 from opus_jax.config import OptimizerConfig
 from opus_jax.influence.gram import sketched_alignment_and_gram
+from opus_jax.influence.sketch import CountSketch
 from opus_jax.models import transformer
 from opus_jax.models.loss import batch_loss, row_losses
 from opus_jax.models.presets import PRESETS
@@ -60,7 +61,9 @@ def products(trained):
         proxy = jax.grad(lambda p: row_losses(SPEC, p, text_like(8, 52)).mean())(params)
         precondition = lambda g: frozen_product(optimizer, state, params, g)  # noqa: E731
         losses = lambda p, rows: row_losses(SPEC, p, rows)  # noqa: E731
-        return sketched_alignment_and_gram(losses, params, buffer, proxy, precondition, m=paper.SKETCH, key=KEY)
+        return sketched_alignment_and_gram(
+            losses, params, buffer, proxy, precondition, sketch=CountSketch(paper.SKETCH), seed=jnp.uint32(0)
+        )
 
     return scored(params, state)
 
