@@ -114,12 +114,21 @@ class SelectionConfig:
     ratio: float = 0.5  # K / N: share of the candidate buffer that is trained on
     temperature: float = 0.5  # on z-scores; 0 = top-k, .inf = score only, choose at random
     entropy: Optional[float] = None  # instead of a temperature: entropy of the first draw, as a share of log N
+    unit: str = "row"  # row | document: document = kept rows are trained on their chosen documents only
     redundancy: float = 0.0  # lambda, penalty on what the chosen rows have in common; 0 = off, 1 = the full step
     redundancy_rounds: int = 4  # directional engine: rounds of picks, rescored in between
-    engine: str = "directional"  # directional | per_example
+    engine: str = "directional"  # directional | ghost | per_example
+    sketch: Optional[str] = None  # kron | count | tensor: of gradients, for what rows have in common; null = exact
+    sketch_width: int = 4096  # numbers of a sketch, for each matrix
+    sketched_utilities: bool = False  # utilities out of the sketches too, instead of exact ones
+    preconditioner: str = "exact"  # exact | factored (AdamW's second moments at rank 1, cheaper): inside sketches
+    kernel: Optional[str] = None  # xla | pallas (TPU): of sketches; null = by the platform
+    shared: bool = False  # ghost: the update takes the chosen rows' gradient from the scoring pass
     derivative: str = "jvp"  # jvp (exact) | difference (cheaper, approximate): of the directional engine
     direction: str = "vjp"  # vjp | adamw_frozen | muon_frozen | identity
     parameters: str = "all"  # all | blocks | top_half | top_quarter: along which parameters utilities are taken
+    rank: Optional[int] = None  # directional jvp: each matrix of the direction at this rank, cheaper; null = whole
+    dtype: Optional[str] = None  # compute type of scoring: float32 | bfloat16; null = the model's
     window: Optional[int] = None  # score only so many tokens of a row; null = the whole row
     window_place: str = "prefix"  # prefix | random: where in the row the window lies
     score_chunk: Optional[int] = None  # candidates scored at once; null = all

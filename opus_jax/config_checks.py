@@ -21,7 +21,12 @@ _CHOICES = {
     "optimizer.name": ("adamw", "muon"),
     "optimizer.schedule": ("constant", "cosine", "linear", "wsd"),
     "selection.method": ("opus", "paper", "greats", "high_loss", "mid_loss", "random", "none"),
-    "selection.engine": ("directional", "per_example"),
+    "selection.unit": ("row", "document"),
+    "selection.dtype": ("float32", "bfloat16", None),
+    "selection.engine": ("directional", "ghost", "per_example"),
+    "selection.sketch": ("kron", "count", "tensor", None),
+    "selection.preconditioner": ("exact", "factored"),
+    "selection.kernel": ("xla", "pallas", None),
     "selection.derivative": ("jvp", "difference"),
     "selection.parameters": ("all", "blocks", "top_half", "top_quarter"),
     "selection.window_place": ("prefix", "random"),
@@ -41,6 +46,7 @@ _AT_LEAST = {
     "optimizer.weight_decay": 0.0,
     "batch.rows": 1, "batch.microbatch": 1,
     "selection.temperature": 0.0, "selection.window": 2, "selection.score_chunk": 1,
+    "selection.rank": 1, "selection.sketch_width": 1,
     "selection.redundancy": 0.0, "selection.redundancy_rounds": 1, "selection.select_every": 1,
     "selection.warm_start_steps": 0, "selection.audit_every": 0, "selection.audit_rows": 3,
     "proxy.limit": 1, "proxy.rows": 1, "proxy.refresh": 1, "evaluation.rows": 1, "evaluation.batch_rows": 1,
@@ -59,6 +65,9 @@ _POSITIVE = (
 _SHARE_BELOW_1 = ("optimizer.beta1", "optimizer.beta2", "optimizer.momentum", "proxy.ema", "plan.proxy_rows_share")
 _SHARE = ("optimizer.decay_share", "optimizer.final_share", "feedback.decay")
 _SHARE_ABOVE_0 = ("selection.ratio", "plan.keep")
+
+
+KRON_BLOCK = 32 * 32  # numbers in one block of a Kron sketch
 
 
 def check(config: Config) -> None:
@@ -89,6 +98,10 @@ def check(config: Config) -> None:
     _check_direction(config)
     _check_batch(config)
     _check_redundancy(config)
+    _check_rank(config)
+    _check_sketch(config)
+    _check_shared(config)
+    _check_documents(config)
     _check_feedback(config)
 
 
@@ -147,10 +160,89 @@ def _check_redundancy(config: Config) -> None:
         raise ConfigError(
             "selection.redundancy", selection.redundancy, "belongs to selection.method = opus; set it to 0"
         )
+    if selection.engine == "ghost" and selection.sketch is None and selection.score_chunk is not None:
+        allowed = "exact products are of all candidates at once: set it to null, or selection.sketch=kron"
+        raise ConfigError("selection.score_chunk", selection.score_chunk, f"with selection.redundancy {allowed}")
     if selection.engine == "directional" and config.batch.rows % selection.redundancy_rounds:
         raise ConfigError(
             "selection.redundancy_rounds", selection.redundancy_rounds, f"must divide batch.rows = {config.batch.rows}"
         )
+
+
+def _check_rank(config: Config) -> None:
+    selection = config.selection
+    if selection.rank is None:
+        return
+    key, rank = "selection.rank", selection.rank
+    if selection.method != "opus":
+        raise ConfigError(key, rank, "belongs to selection.method = opus; set it to null")
+    if selection.engine != "directional":
+        allowed = f"the {selection.engine} engine costs the same at any rank; set it to null, or engine=directional"
+        raise ConfigError(key, rank, allowed)
+    if selection.derivative != "jvp":
+        allowed = "central differences cost the same at any rank; set it to null, or selection.derivative=jvp"
+        raise ConfigError(key, rank, allowed)
+
+
+def _check_sketch(config: Config) -> None:
+    selection = config.selection
+    if selection.sketch is None:
+        if selection.sketched_utilities:
+            raise ConfigError("selection.sketched_utilities", True, "needs a selection.sketch: kron, count or tensor")
+        if selection.method == "greats" and selection.engine != "per_example" and selection.score_chunk is not None:
+            allowed = "exact products are of all candidates at once: set it to null, or selection.sketch=kron"
+            raise ConfigError(
+                "selection.score_chunk", selection.score_chunk, f"with selection.method = greats {allowed}"
+            )
+        return
+    if selection.engine == "directional" and selection.method == "opus":
+        allowed = "the directional engine has no sketches: set it to null, or selection.engine=ghost"
+        raise ConfigError("selection.sketch", selection.sketch, allowed)
+    if selection.sketch == "kron" and selection.sketch_width % KRON_BLOCK:
+        raise ConfigError(
+            "selection.sketch_width", selection.sketch_width, f"must be a multiple of {KRON_BLOCK} for kron"
+        )
+    if selection.sketch == "tensor" and selection.preconditioner == "exact" and config.optimizer.name == "adamw":
+        allowed = "must be factored for selection.sketch = tensor, which has no elementwise preconditioner"
+        raise ConfigError("selection.preconditioner", "exact", allowed)
+    if selection.sketched_utilities and selection.redundancy and selection.direction == "vjp":
+        allowed = f"with sketched_utilities and redundancy must be {config.optimizer.name}_frozen or identity"
+        raise ConfigError("selection.direction", "vjp", f"{allowed}: one sketch serves both in a frozen metric")
+
+
+def _check_shared(config: Config) -> None:
+    """The scoring pass can serve the update only where it is a pass over whole rows, at the update's precision."""
+    selection = config.selection
+    if not selection.shared:
+        return
+    needed: dict[str, Any] = {
+        "selection.method": "opus", "selection.engine": "ghost", "selection.unit": "row",
+        "selection.parameters": "all", "selection.window": None, "selection.dtype": None,
+        "selection.score_chunk": None, "batch.microbatch": None,
+    }  # fmt: skip
+    for key, value in needed.items():
+        section, name = key.split(".")
+        found = getattr(getattr(config, section), name)
+        if found != value:
+            shown = "null" if value is None else value
+            raise ConfigError(key, found, f"must be {shown} with selection.shared; or set selection.shared=false")
+
+
+def _check_documents(config: Config) -> None:
+    selection = config.selection
+    if selection.unit != "document":
+        return
+    unfit = {
+        "selection.method": (selection.method, "opus"),
+        "selection.engine": (selection.engine, "directional"),
+        "selection.redundancy": (selection.redundancy, 0.0),
+    }
+    for key, (value, needed) in unfit.items():
+        if value != needed:
+            raise ConfigError(key, value, f"selection.unit = document needs {needed}; or set selection.unit=row")
+    if selection.temperature == float("inf") and selection.entropy is None:
+        allowed = "selection.unit = document ranks rows by utility, which is not random; set selection.unit=row"
+        raise ConfigError("selection.temperature", selection.temperature, allowed)
 
 
 def _check_feedback(config: Config) -> None:

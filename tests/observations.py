@@ -242,6 +242,12 @@ def step(config: Config, place: Place) -> Any:
     return lower_step(config, jax.devices()[:1]).as_text()
 
 
+@or_refusal
+def step_or_refusal(config: Config, place: Place) -> Any:
+    """The program, or why there is none."""
+    return step(config, place)
+
+
 def rows_of_steps(config: Config, place: Place) -> Any:
     """How many rows each step takes."""
     return [buffers_of(config).rows(step) for step in range(config.run.steps)]

@@ -25,6 +25,7 @@ LEARNT_TOKENS = ("tokenizer.kind=sentencepiece", "tokenizer.vocab_size=300")
 FILES = ("proxy.source=files", "proxy.path={place.folder}/other/verse", "proxy.domains=[]")
 RETRIEVED = ("proxy.source=retrieved", "proxy.path={place.folder}/other/prose/0.txt", "proxy.domains=[]")
 FEEDBACK = ("feedback.enabled=true", "feedback.window_steps=2", "feedback.max_epochs=20", "feedback.clusters=8")
+PAIRS = ("selection.engine=ghost", "selection.redundancy=1.0", "selection.parameters=blocks")
 RANDOM = "selection.method=random"  # where the key is not about scoring: its step is traced in half the time
 
 CASES: dict[str, tuple[Any, ...]] = {
@@ -95,12 +96,21 @@ CASES: dict[str, tuple[Any, ...]] = {
     "selection.ratio": (see.step, 0.25, RANDOM),
     "selection.temperature": (see.step, 0.25),
     "selection.entropy": (see.step, 0.8),
+    "selection.unit": (see.step, "document"),
     "selection.redundancy": (see.step, 1.0),
     "selection.redundancy_rounds": (see.step, 2, "selection.redundancy=1.0"),
     "selection.engine": (see.step, "per_example"),
+    "selection.sketch": (see.step, "count", *PAIRS),
+    "selection.sketch_width": (see.step, 512, *PAIRS, "selection.sketch=count"),
+    "selection.sketched_utilities": (see.step, "true", "selection.engine=ghost", "selection.sketch=count"),
+    "selection.preconditioner": (see.step, "factored", *PAIRS),
+    "selection.kernel": (see.step_or_refusal, "pallas", *PAIRS, "selection.sketch=count"),
+    "selection.shared": (see.step, "true", "selection.engine=ghost"),
     "selection.derivative": (see.step, "difference"),
     "selection.direction": (see.step, "identity"),
     "selection.parameters": (see.step, "blocks"),
+    "selection.rank": (see.step, 2),
+    "selection.dtype": (see.step, "float32"),
     "selection.window": (see.step, 16),
     "selection.window_place": (see.step, "random", "selection.window=16"),
     "selection.score_chunk": (see.step, 8),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from opus_jax.errors import UserError
 from opus_jax.influence.chunks import map_chunks
@@ -94,8 +94,13 @@ def document_utilities(
       tokens for a utility per token.
     """
     tokens = token_utilities(token_loss_fn, params, direction, batch, method=method, chunk=chunk)
+    return sums_by_segment(tokens, batch["segment_ids"], segments)
+
+
+def sums_by_segment(tokens: Float[Array, "N T"], segment_ids: Int[Array, "N T"], segments: int) -> Float[Array, "N S"]:
+    """Sums over the tokens of every segment, column s for segment s + 1; padding, segment 0, is left out."""
     one_row = lambda values, ids: jax.ops.segment_sum(values, ids, num_segments=segments + 1)  # noqa: E731
-    return jax.vmap(one_row)(tokens, batch["segment_ids"])[:, 1:]
+    return jax.vmap(one_row)(tokens, segment_ids)[:, 1:]
 
 
 def _derivative(

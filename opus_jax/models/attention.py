@@ -80,6 +80,6 @@ def _normed(x: Float[Array, "N T E"], norm: Norm | None) -> Float[Array, "N T E"
     """Before the split into heads and before rotation: a gain per channel does not commute with a rotation."""
     if norm is None:
         return x
-    width = norm.gain.shape[0]
+    width = norm.gain.shape[-1]
     slices = x if width == x.shape[-1] else x.reshape(*x.shape[:2], -1, width)
     return norm(slices).reshape(x.shape)

@@ -7,25 +7,19 @@ from jaxtyping import Array, Float
 
 from opus_jax.models.norms import normalise
 from opus_jax.models.presets import ModelSpec
+from opus_jax.models.tapped import beside, product
 
 
 class Linear(nnx.Module):
-    """y = x W + b: a plain dot in the type of x, so that forward mode passes through it."""
+    """y = x W + b in the type of x. W may be `Tapped`, and b one vector for each row; see `models/tapped.py`."""
 
     def __init__(self, kernel: Float[Array, "D F"], logical: tuple[str, str], *, bias: bool):
         self.kernel = nnx.Param(kernel, logical=logical)
         self.bias = nnx.Param(jnp.zeros(kernel.shape[1]), logical=logical[1:]) if bias else None
 
-    def __call__(
-        self, x: Float[Array, "*rows D"], tap: Float[Array, "*rows F"] | None = None
-    ) -> Float[Array, "*rows F"]:
-        """`tap`, a zero array added to the product, receives the product's cotangent when differentiated."""
-        y = jnp.dot(x, self.kernel[...].astype(x.dtype))
-        if tap is not None:
-            y = y + tap
-        if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
-        return y
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows F"]:
+        y = product(x, self.kernel.get_value())
+        return y if self.bias is None else y + beside(self.bias[...], y).astype(x.dtype)
 
 
 class SimpleNormLinear(Linear):
@@ -42,14 +36,12 @@ class SimpleNormLinear(Linear):
         self.kind, self.eps, self.groups = kind, eps, groups
         self.gain = nnx.Param(jnp.ones(kernel.shape[1]), logical=logical[1:])
 
-    def __call__(
-        self, x: Float[Array, "*rows D"], tap: Float[Array, "*rows F"] | None = None
-    ) -> Float[Array, "*rows F"]:
-        z = super().__call__(x, tap)
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows F"]:
+        z = super().__call__(x)
         # A reshape to one slice would keep XLA from fusing the norm on CPU, at a tenth of a training step.
         slices = z if self.groups == 1 else z.reshape(*z.shape[:-1], self.groups, z.shape[-1] // self.groups)
         unit = normalise(slices, self.kind, self.eps).reshape(z.shape)
-        return (unit * self.gain[...]).astype(x.dtype)
+        return (unit * beside(self.gain[...], unit)).astype(x.dtype)
 
 
 def block_map(

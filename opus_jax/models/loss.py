@@ -16,7 +16,7 @@ def token_losses(spec: ModelSpec, params: Params, batch: Batch) -> Float[Array, 
     # The targets move and not the logits: the logits are the largest array of the step.
     following = jnp.roll(batch["tokens"], -1, axis=1)
     nats = jnp.roll(cross_entropy(logits, following), 1, axis=1)
-    return nats * _targets(batch)
+    return nats * targets(batch)
 
 
 def row_losses(spec: ModelSpec, params: Params, batch: Batch) -> Float[Array, " N"]:
@@ -27,7 +27,7 @@ def row_losses(spec: ModelSpec, params: Params, batch: Batch) -> Float[Array, " 
 
 def row_nats(spec: ModelSpec, params: Params, batch: Batch) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """Sum of nats and number of target tokens of each row: sums, so that shards and microbatches add up."""
-    return token_losses(spec, params, batch).sum(axis=1), _targets(batch).sum(axis=1)
+    return token_losses(spec, params, batch).sum(axis=1), targets(batch).sum(axis=1)
 
 
 def batch_loss(spec: ModelSpec, params: Params, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -42,6 +42,6 @@ def cross_entropy(logits: Float[Array, "N T V"], targets: Int[Array, "N T"]) -> 
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def _targets(batch: Batch) -> Float[Array, "N T"]:
-    """The first token of a row has no context and is never a target."""
+def targets(batch: Batch) -> Float[Array, "N T"]:
+    """The loss mask in float32. The first token of a row has no context and is never a target."""
     return batch["loss_mask"].astype(jnp.float32).at[:, 0].set(0)

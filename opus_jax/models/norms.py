@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from opus_jax.models.precision import wide
+from opus_jax.models.tapped import beside
 
 
 def normalise(x: Float[Array, "*rows D"], kind: str, eps: float) -> Float[Array, "*rows D"]:
@@ -28,7 +29,7 @@ class Norm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width), logical=(logical,)) if bias and kind == "layernorm" else None
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        y = normalise(x, self.kind, self.eps) * self.gain[...]
+        y = normalise(x, self.kind, self.eps) * beside(self.gain[...], x)
         if self.bias is not None:
-            y = y + self.bias[...]
+            y = y + beside(self.bias[...], x)
         return y.astype(x.dtype)

@@ -25,6 +25,7 @@ from opus_jax.models.norms import Norm
 from opus_jax.models.positions import rotary_turns, segment_positions
 from opus_jax.models.precision import wide
 from opus_jax.models.presets import ModelSpec
+from opus_jax.models.tapped import lookup, product, product_with_transposed
 
 Params = dict[str, Any]  # nested dictionaries of float32 arrays; the leaves under "blocks" are stacked [L, ...]
 
@@ -37,8 +38,8 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, "N T"], dtype: str) -> Float[Array, "N T D"]:
         # Vectors split over the axis that also splits the ids would be looked up on every device and then cut.
-        table = constrain(self.embedding[...].astype(dtype), (self.rows, None))
-        return jnp.take(table, ids, axis=0)
+        whole = lambda table: constrain(table.astype(dtype), (self.rows, None))  # noqa: E731
+        return lookup(self.embedding.get_value(), ids, whole)
 
 
 class Transformer(nnx.Module):
@@ -69,9 +70,12 @@ class Transformer(nnx.Module):
         rotary = self.spec.positions == "rope"
         turns = rotary_turns(positions, self.spec.head_dim, self.spec.rope_theta) if rotary else None
         x = self.final_norm(self._scan_blocks(x, attention_mask(segment_ids), turns, higher_blocks))
-        kernel = self.embedding.embedding[...].T if self.head is None else self.head.kernel[...]
-        logits = jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=wide(x.dtype))
-        return constrain(logits, ("batch", "length", "vocab"))
+        return constrain(self._logits(x), ("batch", "length", "vocab"))
+
+    def _logits(self, x: Float[Array, "N T D"]) -> Float[Array, "N T V"]:
+        if self.head is None:
+            return product_with_transposed(x, self.embedding.embedding.get_value(), dtype=wide(x.dtype))
+        return product(x, self.head.kernel.get_value(), dtype=wide(x.dtype))
 
     def _scan_blocks(
         self,
@@ -130,6 +134,12 @@ def logical_axes(spec: ModelSpec) -> dict[str, Any]:
         for name, part in state.items()
     }
     return nnx.to_pure_dict(nnx.State(axes))
+
+
+def matrix_uses(spec: ModelSpec) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Matrices that are not only multiplied with: names, and how they are used."""
+    embedding = ("lookup", "product") if spec.tied else ("lookup",)
+    return ("embedding.embedding", embedding), ("positions.embedding", ("lookup",))
 
 
 def parameter_count(spec: ModelSpec) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from opus_jax.distributed.axes import constrain, sharding
 
@@ -27,6 +27,14 @@ def abstract_batch(rows: int, row_tokens: int, mesh: Mesh) -> Batch:
 def take(rows: Batch, indices: Int[Array, " K"]) -> Batch:
     """The rows at these positions, spread again over the batch axis."""
     return {name: constrain(x[indices], batch_axes(x)) for name, x in rows.items()}
+
+
+def without(rows: Batch, left_out: Bool[Array, "N S"]) -> Batch:
+    """The rows, with no targets in the documents that are left out, column s for segment s + 1."""
+    by_segment = jnp.pad(left_out, ((0, 0), (1, 0)))  # segment 0 is padding
+    here = jnp.take_along_axis(by_segment, rows["segment_ids"], axis=1, mode="fill", fill_value=False)
+    mask = jnp.where(here, 0, rows["loss_mask"])
+    return rows | {"loss_mask": constrain(mask, batch_axes(mask))}
 
 
 def window(rows: Batch, tokens: int | None, place: str = "prefix", key: Key[Array, ""] | None = None) -> Batch:

@@ -11,9 +11,11 @@ import jax
 
 from opus_jax.config import Config
 from opus_jax.data.buffers import Buffers
+from opus_jax.influence.low_rank import factor_flops
 from opus_jax.models import transformer
-from opus_jax.models.flops import difference_flops, forward_flops, moving_flops
+from opus_jax.models.flops import difference_flops, forward_flops, low_rank_flops, moving_flops, moving_maps
 from opus_jax.models.presets import ModelSpec
+from opus_jax.models.thin import pays
 from opus_jax.selection import paper
 from opus_jax.training.scoring import LOSS_METHODS, is_directed
 
@@ -46,7 +48,7 @@ def step_costs(spec: ModelSpec, config: Config) -> StepCosts:
     row = forward_flops(spec, config.corpus.row_tokens)
     settings, directed = config.selection, is_directed(config)
     scored_row = _scored_row(spec, config)
-    direction = _direction_flops(spec, config) if settings.method == "opus" else 0
+    direction = _direction_flops(spec, config) + _factor_flops(spec, config) if settings.method == "opus" else 0
     proxy = 3 * row * config.proxy.rows if directed else 0
     return StepCosts(
         update=3 * row * config.batch.rows,
@@ -71,6 +73,8 @@ def _scored_row(spec: ModelSpec, config: Config) -> int:
         return 0
     if settings.engine == "directional" and settings.derivative == "difference":
         return difference_flops(spec, tokens, settings.parameters)
+    if settings.rank is not None:
+        return low_rank_flops(spec, tokens, settings.parameters, settings.rank)
     return forward + 2 * moving_flops(spec, tokens, settings.parameters)
 
 
@@ -113,6 +117,12 @@ def _direction_flops(spec: ModelSpec, config: Config) -> int:
     if config.selection.direction == "muon_frozen":
         return sum(layers * _frozen_factor(a, b) for layers, a, b in kernels)
     return sum(3 * NEWTON_SCHULZ_STEPS * layers * _newton_schulz(min(a, b), max(a, b)) for layers, a, b in kernels)
+
+
+def _factor_flops(spec: ModelSpec, config: Config) -> int:
+    """Thin factors of the direction's matrices, where they save anything."""
+    rank, maps = config.selection.rank, moving_maps(spec, config.selection.parameters)
+    return 0 if rank is None else sum(factor_flops(shape, rank) for shape in maps if pays(shape, rank))
 
 
 def _newton_schulz(m: int, n: int) -> int:

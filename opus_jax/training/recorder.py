@@ -115,6 +115,7 @@ class Recorder:
     def _line(self, done: Done, metrics: dict[str, Any], seconds: float, scored: bool) -> dict[str, Any]:
         chosen = np.asarray(done.host["domain_id"])[metrics["selected"]]
         share = np.bincount(chosen, minlength=len(self.domains)) / max(len(chosen), 1)
+        utilities = metrics["utility"][np.isfinite(metrics["utility"])] if scored else np.zeros(0)
         line = {
             "step": done.step,
             "loss": float(metrics["loss"]),
@@ -122,12 +123,14 @@ class Recorder:
             "grad_norm": float(metrics["grad_norm"]),
             "tokens_per_second": int(metrics["update_tokens"]) / max(seconds, 1e-9),
             "data_wait_seconds": done.waited,
-            "utility_mean": float(metrics["utility"].mean(dtype=np.float64)) if scored else None,
-            "utility_sd": float(metrics["utility"].std(dtype=np.float64)) if scored else None,
+            "utility_mean": float(utilities.mean(dtype=np.float64)) if utilities.size else None,
+            "utility_sd": float(utilities.std(dtype=np.float64)) if utilities.size else None,
             "temperature": float(metrics["temperature"]) if scored else None,
             "selected_share": dict(zip(self.domains, share.tolist(), strict=True)),
             "selected_at_random": bool(metrics["selected_at_random"]),
             "nonfinite_direction": int(metrics["nonfinite_direction"]),
+            "nonfinite_utilities": int(metrics["nonfinite_utilities"]),
+            "document_share": float(metrics["document_share"]),
         }
         if line["selected_at_random"] and scored:
             self.progress.warn(f"step {done.step}: all utilities are equal, so the rows were chosen at random")
@@ -165,4 +168,6 @@ def _of_all_rows(rows: int) -> dict[str, np.ndarray]:
         "probability": np.ones(rows, np.float32),
         "selected_at_random": np.asarray(True),
         "nonfinite_direction": np.asarray(0),
+        "nonfinite_utilities": np.asarray(0),
+        "document_share": np.asarray(1.0),
     }

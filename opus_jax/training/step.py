@@ -14,8 +14,8 @@ from opus_jax.config import Config
 from opus_jax.distributed.axes import replicated
 from opus_jax.models.presets import ModelSpec
 from opus_jax.optim.optimizers import Optimizer
-from opus_jax.training.batches import Batch, take
-from opus_jax.training.scoring import Chooser, is_directed
+from opus_jax.training.batches import Batch
+from opus_jax.training.scoring import Choice, Chooser, is_directed
 from opus_jax.training.state import TrainState, state_shardings
 from opus_jax.training.update import update
 
@@ -51,27 +51,28 @@ def make_step(spec: ModelSpec, optimizer: Optimizer, config: Config, mesh: Mesh,
 
     The metrics are replicated: scalars `loss` (nats per target token), `grad_norm` (before clipping), `learning_rate`,
     `update_tokens`, and `row_loss` [K] in the order of `indices`; where rows are chosen also the scalars
-    `nonfinite_direction`, `selected_at_random`, `temperature` (in use), and per candidate, [N]: `utility`, `z`,
-    `probability`, `redundancy`, `selected`; `indices` [K] are the chosen positions, in order.
+    `nonfinite_direction`, `nonfinite_utilities` (candidates), `selected_at_random`, `temperature` (in use),
+    `document_share` (of the chosen rows' target tokens, those trained on), and per candidate, [N]: `utility` (-inf
+    where it is not finite), `z`, `probability`, `redundancy`, `selected`; `indices` [K] are the chosen positions, in
+    order.
     """
 
     def step(state: TrainState, candidates: Batch, proxy: Batch | None) -> tuple[TrainState, Metrics]:
-        proxy_gradient, chosen = state.proxy_gradient, candidates
-        selection: Metrics = {}
+        choice = Choice(state.proxy_gradient, candidates, report={}, recorded=None)
         if chooses:
-            chooser = Chooser(spec, optimizer, config, state, candidates, proxy)
-            proxy_gradient, indices, selection = chooser.choose()
-            chosen = take(candidates, indices)
-        gradient, params, opt_state, metrics = update(spec, optimizer, config.batch.microbatch, state, chosen)
+            choice = Chooser(spec, optimizer, config, state, candidates, proxy).choose()
+        gradient, params, opt_state, metrics = update(
+            spec, optimizer, config.batch.microbatch, state, choice.rows, choice.recorded
+        )
         state = TrainState(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
             reference_gradient=None if state.reference_gradient is None else gradient,
-            proxy_gradient=proxy_gradient,
+            proxy_gradient=choice.proxy_gradient,
             key=state.key,
         )
-        return state, selection | metrics
+        return state, choice.report | metrics
 
     shardings = state_shardings(spec, optimizer, mesh, directed=is_directed(config))
     return Step(jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh))), mesh)

@@ -1,13 +1,15 @@
 """The update: the mean gradient of a batch, a few rows at a time, and an ordinary optimizer step on it."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from opus_jax.influence.chunks import deal, gather
+from opus_jax.influence.ghost.shared import gradient_of_rows
 from opus_jax.models.loss import row_nats
 from opus_jax.models.presets import ModelSpec
 from opus_jax.optim.optimizers import Optimizer
@@ -17,11 +19,36 @@ from opus_jax.training.state import TrainState
 Gradient = PyTree[Float[Array, "..."]]
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What a scoring pass over all N candidates left for the update of K of them.
+
+    Attributes:
+      factors: like the parameters; see `influence/ghost/shared.py`.
+      losses: [N], nats per target token.
+      tokens: [N], targets.
+      indices: [K], the chosen rows.
+    """
+
+    factors: Any
+    losses: Float[Array, " N"]
+    tokens: Float[Array, " N"]
+    indices: Int[Array, " K"]
+
+
 def update(
-    spec: ModelSpec, optimizer: Optimizer, microbatch: int | None, state: TrainState, chosen: Batch
+    spec: ModelSpec,
+    optimizer: Optimizer,
+    microbatch: int | None,
+    state: TrainState,
+    chosen: Batch,
+    recorded: Recorded | None = None,
 ) -> tuple[Gradient, Any, Any, dict[str, Array]]:
-    """(gradient, params, optimizer state, metrics) after one step on the chosen rows."""
-    gradient, loss, tokens, row_loss = mean_gradient_and_rows(spec, state.params, chosen, microbatch)
+    """(gradient, params, optimizer state, metrics) after one step on the chosen rows, recorded already or not."""
+    if recorded is None:
+        gradient, loss, tokens, row_loss = mean_gradient_and_rows(spec, state.params, chosen, microbatch)
+    else:
+        gradient, loss, tokens, row_loss = _of_recorded(state.params, recorded)
     updates, opt_state = optimizer.transform.update(gradient, state.opt_state, state.params)
     metrics = {
         "loss": loss,
@@ -31,6 +58,17 @@ def update(
         "update_tokens": tokens.astype(jnp.int32),
     }
     return gradient, optax.apply_updates(state.params, updates), opt_state, metrics
+
+
+def _of_recorded(
+    params: Any, recorded: Recorded
+) -> tuple[Gradient, Float[Array, ""], Float[Array, ""], Float[Array, " K"]]:
+    """As `mean_gradient_and_rows`, of the chosen rows."""
+    row_loss, row_tokens = recorded.losses[recorded.indices], recorded.tokens[recorded.indices]
+    tokens = jnp.sum(row_tokens)
+    count = jnp.maximum(tokens, 1)
+    gradient = gradient_of_rows(params, recorded.factors, recorded.tokens / count, recorded.indices)
+    return gradient, jnp.sum(row_loss * row_tokens) / count, tokens, row_loss
 
 
 def mean_gradient(

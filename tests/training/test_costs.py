@@ -66,6 +66,8 @@ def scored(parts: Parts, params: Any, v: Any, rows: Any) -> Any:
     """Utilities as the step computes them."""
     state = TrainState(jnp.int32(5), params, None, None, None, jax.random.key(0))
     chooser = Chooser(parts.spec, parts.optimizer, parts.config, state, rows, None)
+    if parts.config.selection.unit == "document":
+        return chooser.score_tokens(v, rows)
     return chooser.score(v, jax.random.key(1), rows)
 
 
@@ -91,6 +93,8 @@ def test_a_plain_step_costs_three_forward_passes_of_its_rows(override: str) -> N
         "selection.derivative=difference",
         "selection.parameters=blocks",
         "selection.parameters=top_half",
+        "selection.rank=4",
+        "selection.unit=document",
     ],
 )
 def test_scoring_costs_three_forward_passes_of_the_windows(override: str) -> None:
@@ -100,7 +104,8 @@ def test_scoring_costs_three_forward_passes_of_the_windows(override: str) -> Non
         return scored(parts, params, v, rows)
 
     counted = compiled(score, parts.params, parts.params, parts.rows(parts.config.candidates))
-    assert counted == pytest.approx(parts.costs.scoring, rel=0.05)
+    assert counted == pytest.approx(parts.costs.scoring + parts.costs.direction, rel=0.05)
+    assert (parts.costs.direction > 0) == (parts.config.selection.rank is not None), "AdamW's own counts as nothing"
 
 
 def test_losses_cost_one_forward_pass_of_the_windows() -> None:
