@@ -75,9 +75,6 @@ class Tapped:
         raise AttributeError(attribute)
 
 
-Matrix = Float[Array, "D F"] | Tapped
-
-
 def product(x: Float[Array, "*rows D"], kernel: Any, *, dtype: DTypeLike | None = None) -> Float[Array, "*rows F"]:
     """x W, computed in the type of x, summed and returned in `dtype` where given."""
     if isinstance(kernel, Tapped):

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from opus_jax.config import Config
 from opus_jax.data.packing import segments_per_row
+from opus_jax.errors import UserError
 from opus_jax.influence import directional, low_rank, per_example
 from opus_jax.influence.chunks import map_chunks
 from opus_jax.influence.ghost.scores import Recording, Scores, scores
@@ -221,6 +222,11 @@ class Chooser:
     def _inner_products(self, subset: str, key: Key[Array, ""]) -> InnerProducts:
         """Over a part of the parameters."""
         settings, state, cut = self.config.selection, self.state, self._cut(key)
+        if self.spec.tied and subset == "all" and settings.redundancy and settings.sketch is None:
+            raise UserError(
+                "selection.redundancy: exact products cannot take in a table that is also the head (model.tied): each "
+                "use answers for itself; set selection.parameters=blocks, or selection.sketch=kron"
+            )
         moving, fixed = parameter_subset.split(state.params, subset)
         form = "identity" if settings.direction == "identity" and settings.method == "opus" else settings.preconditioner
 

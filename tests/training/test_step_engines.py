@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from training.test_step import Run, config, flat, host, largest_difference, rows
 
-from opus_jax.errors import ConfigError
+from opus_jax.errors import ConfigError, UserError
 from opus_jax.influence import per_example
 from opus_jax.models.loss import batch_loss, row_losses
 from opus_jax.optim.frozen import frozen_product
@@ -119,6 +119,12 @@ def test_rules_of_pairs_are_the_same_by_both_engines(method, engine):
     else:
         sketched = scored(f"selection.method={method}", "selection.engine=per_example", *WIDE)
         assert sketched["selected"].sum() == 8
+
+
+def test_exact_products_leave_out_a_tied_table():
+    run = Run(config("selection.engine=ghost", "selection.redundancy=1.0", "model.tied=true"))
+    with pytest.raises(UserError, match=r"model\.tied.*selection\.parameters=blocks"):
+        run.go(2)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,11 @@ class Sketching:
 
 @dataclass(frozen=True)
 class Pairing:
-    """Exact inner products of all pairs, <P g_i, g_j>; with `both_sides` <P g_i, P g_j>. `preconditioners` as above."""
+    """Exact inner products of all pairs, <P g_i, g_j>; with `both_sides` <P g_i, P g_j>. `preconditioners` as above.
+
+    Every use of a matrix answers for itself, so a table that is also the head must be left out: what its two uses have
+    in common would be missing. Sketches are sums over uses, and have no such limit.
+    """
 
     preconditioners: PyTree[Any]
     both_sides: bool = False
