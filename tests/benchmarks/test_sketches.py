@@ -102,16 +102,23 @@ def test_fidelity_is_full_where_matrices_fit_and_less_where_they_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fidelity, "CANDIDATES", 8)
-    sketches = {"whole": (CountSketch(10_000), "exact"), "narrow": (KronSketch(1, 4), "exact")}
+    sketches = {
+        "whole": (CountSketch(10_000), "exact"),
+        "narrow": (KronSketch(1, 4), "exact"),
+        "root": (CountSketch(10_000), "root"),
+    }
     monkeypatch.setattr(fidelity, "SKETCHES", sketches)
     parts = build(small_config(tmp_path, "selection.method=random"), progress=False)
     found: dict[str, list[dict[str, float]]] = {}
     for name, figures in fidelity.agreements(fidelity.trained(parts, 2), seeds=2):
         found.setdefault(name, []).append(figures)
-    assert {name: len(values) for name, values in found.items()} == {"factored": 1, "whole": 2, "narrow": 2}
+    assert {name: len(values) for name, values in found.items()} == {"factored": 1, "whole": 2, "narrow": 2, "root": 2}
+    assert found["root"][0]["gram_error.all"] < 1e-5, "R R = P"
+    assert found["root"][0]["spearman.all"] == pytest.approx(1)
     for whole, narrow in zip(found["whole"], found["narrow"], strict=True):
         assert whole["spearman"] == pytest.approx(1)
-        assert whole["gram_error"] < 1e-5 < 1e-2 < narrow["gram_error"]
+        for subset in ("", ".all"):
+            assert whole[f"gram_error{subset}"] < 1e-5 < 1e-2 < narrow[f"gram_error{subset}"]
     assert 1e-3 < found["factored"][0]["gram_error"] < 1
     assert found["narrow"][0] != found["narrow"][1], "a seed of its own each"
 
