@@ -75,8 +75,8 @@ def _generate(args: argparse.Namespace) -> None:
 def _score(args: argparse.Namespace) -> None:
     from opus_jax.training.score_corpus import score_corpus, verdict
 
-    planted = tuple(args.planted)
-    found = score_corpus(args.config, tuple(args.overrides), split=args.split, output=args.output, planted=planted)
+    settings = {"split": args.split, "output": args.output, "planted": tuple(args.planted), "relative": args.relative}
+    found = score_corpus(args.config, tuple(args.overrides), **settings)
     for line in verdict(found):
         print(line)
 
@@ -168,6 +168,10 @@ COMMANDS = {
                 "default": [],
                 "metavar": "DOMAIN",
                 "help": "a domain known to be bad, counted in roc.json; may be repeated",
+            },
+            "--relative": {
+                "action": "store_true",
+                "help": "utilities relative to the average row of the run's stream: better for filtering",
             },
         },
     ),

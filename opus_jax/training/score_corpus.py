@@ -28,7 +28,6 @@ from opus_jax.training.feed import put_rows
 from opus_jax.training.score_direction import direction_facts, score_direction
 from opus_jax.training.score_roc import document_roc
 from opus_jax.training.score_settings import read_settings, with_tokenizer
-from opus_jax.training.state import TrainState
 from opus_jax.training.strict_json import encode
 
 ROC = "roc.json"
@@ -44,6 +43,7 @@ def score_corpus(
     split: str = "train",
     output: str | Path | None = None,
     planted: tuple[str, ...] = (),
+    relative: bool = False,
     rows_per_part: int = ROWS_PER_PART,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -56,6 +56,7 @@ def score_corpus(
       split: train | validation | proxy, of the corpus scored.
       output: where the files go (`score_files`); None = `<run>/scores/<split>`.
       planted: domains whose documents are counted as corrupted in roc.json.
+      relative: utilities relative to the average row of the run's stream; see `score_direction`.
       rows_per_part: rows scored between two writes.
       progress: show a progress bar on standard error.
 
@@ -81,11 +82,12 @@ def score_corpus(
     reader = RowReader(records, split)
     if not len(reader):
         raise UserError(f"corpus {reader.manifest.name} has no {split} rows: choose another --split")
-    settings = _settings(parts, reader.manifest, split, step, meta, rows_per_part)
+    settings = _settings(parts, reader.manifest, split, step, meta, rows_per_part, relative)
     with score_files.open_scores(folder, settings):
         scores = score_files.finished(folder)
         if scores is None:
-            nonfinite = _score(parts, state, reader, folder, rows_per_part, progress)
+            v, nonfinite = score_direction(parts, state, relative=relative)
+            _score(parts, state.params, v, reader, folder, rows_per_part, progress)
             scores = score_tables.finish(folder, records, split, settings | {"direction_not_finite": nonfinite})
         score_files.remove_parts(folder)
         roc = document_roc(folder / score_tables.DOCUMENTS, planted)
@@ -132,10 +134,11 @@ def make_segment_scores(parts: Parts, params: Any, v: Any, segments: int) -> Seg
     return run
 
 
-def _score(parts: Parts, state: TrainState, reader: RowReader, folder: Path, rows_per_part: int, progress: bool) -> int:
-    """Write the parts that are not there yet; returns the entries of the direction that were not finite."""
-    v, nonfinite = score_direction(parts, state)
-    scores = make_segment_scores(parts, state.params, v, reader.manifest.segments_per_row)
+def _score(
+    parts: Parts, params: Any, v: Any, reader: RowReader, folder: Path, rows_per_part: int, progress: bool
+) -> None:
+    """Write the parts that are not there yet."""
+    scores = make_segment_scores(parts, params, v, reader.manifest.segments_per_row)
     with progress_bar(progress) as bar:
         task = bar.add_task("scoring rows", total=len(reader))
         for first in range(0, len(reader), rows_per_part):
@@ -144,7 +147,6 @@ def _score(parts: Parts, state: TrainState, reader: RowReader, folder: Path, row
                 records = reader.read(rows)
                 score_files.write_part(file, records, _in_batches(scores, records, parts.config.candidates))
             bar.advance(task, len(rows))
-    return nonfinite
 
 
 def _in_batches(scores: SegmentScores, records: Shaped[np.ndarray, " R"], rows: int) -> Float[np.ndarray, "R S"]:
@@ -155,13 +157,13 @@ def _in_batches(scores: SegmentScores, records: Shaped[np.ndarray, " R"], rows: 
 
 
 def _settings(
-    parts: Parts, scored: Manifest, split: str, step: int, meta: dict[str, Any], rows_per_part: int
+    parts: Parts, scored: Manifest, split: str, step: int, meta: dict[str, Any], rows_per_part: int, relative: bool
 ) -> dict[str, Any]:
     """All that decides the scores. The losses of all steps stand for the weights."""
     return {
         "run": {"step": step, "losses": meta["totals"]["loss_digest"], "records": meta["records"]},
         "corpus": {"name": scored.name, "records": scored.fingerprint, "split": split},
-        "direction": direction_facts(parts) | {"proxy_records": parts.manifest.fingerprint},
+        "direction": direction_facts(parts, relative) | {"proxy_records": parts.manifest.fingerprint},
         "rows_per_part": rows_per_part,
     }
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pyarrow.parquet as pq
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -30,7 +31,7 @@ from opus_jax.influence import per_example
 from opus_jax.models.loss import batch_loss, row_losses
 from opus_jax.optim.preconditioner import direction
 from opus_jax.training import score_corpus as scoring
-from opus_jax.training import score_files
+from opus_jax.training import score_direction, score_files
 from opus_jax.training.build import build
 from opus_jax.training.checkpoint import Checkpoints, load_state
 from opus_jax.training.loop import train
@@ -135,6 +136,19 @@ def test_there_is_a_line_for_every_row_and_document(run: Path, scored: dict[str,
     of_documents = sum(line["utility"] * line["tokens"] for line in documents)
     assert of_documents == pytest.approx((rows["utility"] * rows["target_tokens"]).sum(), rel=1e-4)
     assert not (Path(scored["output"]) / "parts").exists()
+
+
+def test_relative_utilities_are_0_on_average_over_the_stream(run: Path, tmp_path: Path) -> None:
+    """The stream's mean gradient, weighted by tokens, has no utility along the direction."""
+    found = score(run, tmp_path / "relative", relative=True)
+    assert found["direction"]["relative"]
+    parts = build(Config.load(run), progress=False)
+    _, state, _, _ = load_state(run, parts.abstract_state())
+    rows = score_direction._drawn(parts, score_direction.PROXY_BATCHES * parts.config.batch.rows)
+    stream = score_direction._gradient(parts, state, "train", rows, parts.config.batch.rows)
+    plain, relative = (score_direction.score_direction(parts, state, relative=r)[0] for r in (False, True))
+    along = lambda v: float(optax.tree.vdot(stream, v) / (optax.tree.norm(stream) * optax.tree.norm(v)))  # noqa: E731
+    assert abs(along(relative)) < 1e-5 < 1e-3 < abs(along(plain))
 
 
 def test_utilities_are_those_of_explicit_gradients_along_the_runs_direction(run: Path, scored: dict[str, Any]) -> None:
