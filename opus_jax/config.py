@@ -131,7 +131,7 @@ class SelectionConfig:
     dtype: Optional[str] = None  # compute type of scoring: float32 | bfloat16; null = the model's
     window: Optional[int] = None  # score only so many tokens of a row; null = the whole row
     window_place: str = "prefix"  # prefix | random: where in the row the window lies
-    score_chunk: Optional[int] = None  # candidates scored at once; null = all
+    score_chunk: Optional[int] = None  # candidates at once; null = all. per_example: parameters x 8 bytes for each
     warm_start_steps: int = 20  # first steps choose at random
     select_every: int = 1  # steps between scorings; steps in between train on fresh rows of the stream
     audit_every: int = 100  # steps between checks against exact per-example gradients; 0 = off

@@ -30,6 +30,7 @@ from opus_jax.data.tokenizer_training import train_tokenizer
 from opus_jax.distributed.mesh import make_mesh
 from opus_jax.errors import UserError
 from opus_jax.evaluation import bits_per_byte
+from opus_jax.influence.ghost.scores import Scores
 from opus_jax.models import transformer
 from opus_jax.models.presets import resolve
 from opus_jax.optim.optimizers import make_optimizer
@@ -286,14 +287,17 @@ def audited_candidates(config: Config, place: Place) -> Any:
     """How many candidates reach the oracle; the computations themselves are stood in for."""
     seen = []
 
-    def score(self: Any, v: Any, key: Any, rows: Any) -> Any:
+    def oracle(losses: Any, params: Any, v: Any, rows: Any, *, chunk: int) -> Any:
         seen.append(len(rows["tokens"]))
         return jnp.zeros(len(rows["tokens"]))
 
+    def ask(self: Any, v: Any, proxy_gradient: Any, key: Any, rows: Any) -> Any:
+        return Scores(losses=None, utilities=jnp.zeros(len(rows["tokens"])))
+
     with (
         patch.object(audit.Chooser, "direction", lambda *_: (None, None, None)),
-        patch.object(audit.Chooser, "score", score),
-        patch.object(audit.per_example, "utilities", lambda *_, chunk: jnp.zeros(config.selection.audit_rows)),
+        patch.object(audit.Chooser, "ask", ask),
+        patch.object(audit.per_example, "utilities", oracle),
     ):
         spec = _spec(config)
         run = audit.make_audit(spec, optimizer_for(spec, config), config, make_mesh(config.mesh))

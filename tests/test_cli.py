@@ -46,6 +46,10 @@ MISTAKES = {
     "window and row": (f"{TRAIN} selection.window=64", ["selection.window = 64", "at most corpus.row_tokens = 32"]),
     "vocabulary": (f"{TRAIN} model.vocab_size=9", ["model.vocab_size = 9", "at least the tokenizer's, 260"]),
     "rows and mesh": (f"{TRAIN} batch.rows=12", ["batch.rows = 12", "multiple of the 8 data shards"]),
+    "kernel and devices": (
+        f"{TRAIN} selection.engine=ghost selection.kernel=pallas",
+        ["selection.kernel = 'pallas'", "cpu devices", "xla or null"],
+    ),
     "mesh and devices": (f"{TRAIN} mesh.fsdp=3", ["mesh", "fsdp 3", "number of devices, 8"]),
     "unknown domain": (f"{TRAIN} corpus.domains=[pose]", ["corpus.domains = 'pose'", "nearest is 'prose'"]),
     "unknown weight": (f"{TRAIN} corpus.weights.pose=1", ["corpus.weights.pose", "nearest is 'prose'"]),

@@ -59,7 +59,7 @@ def adam_parts(
 
 def muon_output_sides(
     optimizer: Optimizer, opt_state: Any, params: PyTree[Array]
-) -> PyTree[Float[Array, "L columns columns"] | None]:
+) -> PyTree[Float[Array, "L _ _"] | None]:
     """Matrices R of Muon's P G = G R, rate and scale included; None where Muon holds no parameter."""
     momentum = muon_momentum(opt_state, params)
     states = find_states(opt_state, contrib.MuonState)

@@ -114,6 +114,7 @@ def build(config: Config, *, progress: bool = True) -> Parts:
     """
     mesh = make_mesh(config.mesh)
     check_rows(config, mesh)
+    check_kernel(config, mesh)
     resolve(config.model, config.model.vocab_size or 1, config.corpus.row_tokens)  # preparing can take minutes
     records = prepare(config, progress=progress)
     manifest = Manifest.load(records)
@@ -149,6 +150,17 @@ def check_rows(config: Config, mesh: Mesh) -> None:
         rows["batch.rows / selection.ratio"] = config.candidates
     if is_directed(config):
         rows["proxy.rows"] = config.proxy.rows
+    if config.selection.sketch is not None and config.selection.score_chunk is not None:
+        rows["selection.score_chunk"] = config.selection.score_chunk
     for key, count in rows.items():
         if count % shards:
             raise ConfigError(key, count, f"must be a multiple of the {shards} data shards of the mesh")
+
+
+def check_kernel(config: Config, mesh: Mesh) -> None:
+    """Asked for, a kernel must be able to run: better said now than after the warm start."""
+    platform = mesh.devices.flat[0].platform
+    if config.selection.kernel == "pallas" and platform != "tpu":
+        raise ConfigError(
+            "selection.kernel", "pallas", f"is for TPUs, and the mesh is of {platform} devices: set it to xla or null"
+        )

@@ -1,8 +1,8 @@
 """What a step costs, in FLOPs: analytic matrix products and attention, a multiply-add counted as two.
 
 F is one forward pass of one row. Training costs 3F per row whatever is recomputed by remat; scoring by forward mode
-costs F and twice the part of F whose parameters move, per scored row of the window's length. The optimizer's own
-arithmetic is not counted, the direction's is.
+costs F and twice the part of F whose parameters move, per scored row of the window's length; the ghost engine and
+sketches are counted in `pair_costs`. The optimizer's own arithmetic is not counted, the direction's is.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ from opus_jax.models import transformer
 from opus_jax.models.flops import difference_flops, forward_flops, low_rank_flops, moving_flops, moving_maps
 from opus_jax.models.presets import ModelSpec
 from opus_jax.models.thin import pays
-from opus_jax.selection import paper
-from opus_jax.training.scoring import LOSS_METHODS, is_directed
+from opus_jax.training.audit import approximates_products, with_exact_products
+from opus_jax.training.pair_costs import PairCosts, weight_products
+from opus_jax.training.scoring import DIRECTED_METHODS, LOSS_METHODS, is_directed
 
 NEWTON_SCHULZ_STEPS = 5
 
@@ -32,6 +33,11 @@ class StepCosts:
     scoring: int
     redundancy: int
     audit: int
+    spared: int = 0  # of the update, at steps that choose: `selection.shared` has done it in scoring
+
+    def training(self, step: int, buffers: Buffers) -> int:
+        """The update at a step (counted from 0)."""
+        return self.update - self.spared * buffers.chooses(step)
 
     def selection(self, step: int, config: Config, buffers: Buffers) -> int:
         """Proxy, direction, scoring and redundancy at a step (counted from 0)."""
@@ -50,14 +56,28 @@ def step_costs(spec: ModelSpec, config: Config) -> StepCosts:
     scored_row = _scored_row(spec, config)
     direction = _direction_flops(spec, config) + _factor_flops(spec, config) if settings.method == "opus" else 0
     proxy = 3 * row * config.proxy.rows if directed else 0
+    left = weight_products(spec, config.corpus.row_tokens, "all")  # of the update, with factors at hand
     return StepCosts(
         update=3 * row * config.batch.rows,
         proxy=proxy,
         direction=direction,
-        scoring=scored_row * config.candidates,
+        scoring=scored_row * config.candidates + PairCosts(spec, config).proxy(config.candidates),
         redundancy=_redundancy_flops(spec, config, scored_row, direction),
-        audit=proxy + direction + (scored_row + 3 * row) * settings.audit_rows if settings.method == "opus" else 0,
+        audit=proxy + direction + _audit_flops(spec, config, scored_row) if settings.method == "opus" else 0,
+        spared=(3 * row - left) * config.batch.rows if settings.shared else 0,
     )
+
+
+def _audit_flops(spec: ModelSpec, config: Config, scored_row: int) -> int:
+    """The rows as they are scored, and their gradients one by one; their products too, where these are audited."""
+    settings, rows = config.selection, config.selection.audit_rows
+    row = forward_flops(spec, config.corpus.row_tokens)
+    used = PairCosts(spec, config)
+    total = (scored_row + 3 * row) * rows + used.proxy(rows)
+    if not approximates_products(settings):
+        return total
+    exact = PairCosts(spec, with_exact_products(config))
+    return total + used.products(rows) + exact.scored_row() * rows + exact.products(rows)
 
 
 def _scored_row(spec: ModelSpec, config: Config) -> int:
@@ -67,10 +87,10 @@ def _scored_row(spec: ModelSpec, config: Config) -> int:
     forward = forward_flops(spec, tokens)
     if settings.method in LOSS_METHODS:
         return forward
-    if settings.method in ("paper", "greats"):
-        return forward + 2 * moving_flops(spec, tokens, "blocks")
-    if settings.method != "opus":
+    if settings.method not in DIRECTED_METHODS:
         return 0
+    if settings.method in ("paper", "greats") or settings.engine == "ghost" or settings.sketch is not None:
+        return PairCosts(spec, config).scored_row()
     if settings.engine == "directional" and settings.derivative == "difference":
         return difference_flops(spec, tokens, settings.parameters)
     if settings.rank is not None:
@@ -79,28 +99,17 @@ def _scored_row(spec: ModelSpec, config: Config) -> int:
 
 
 def _redundancy_flops(spec: ModelSpec, config: Config, scored_row: int, direction: int) -> int:
-    """Rounds: the chosen rows' gradients, a direction and a scoring each. Gram: per-example gradients and products."""
+    """Rounds: the chosen rows' gradients, a direction and a scoring each. Otherwise products of all pairs."""
     settings, candidates = config.selection, config.candidates
-    gram = 2 * candidates**2
-    if settings.method == "greats":
-        return gram * _block_parameters(spec)
-    if settings.method == "paper":  # inner products of sketches; hashing is no matrix product
-        return gram * min(_block_parameters(spec), paper.SKETCH * _block_matrices(spec))
-    if settings.method != "opus" or not settings.redundancy:
+    if not (settings.method in ("paper", "greats") or (settings.method == "opus" and settings.redundancy)):
         return 0
     row = forward_flops(spec, settings.window or config.corpus.row_tokens)
-    if settings.engine == "per_example":
-        return candidates * (3 * row + direction) + gram * transformer.parameter_count(spec)
-    chosen = 3 * row * config.batch.rows // settings.redundancy_rounds
-    return (settings.redundancy_rounds - 1) * (chosen + direction + scored_row * candidates)
-
-
-def _block_parameters(spec: ModelSpec) -> int:
-    return sum(layers * a * b for layers, a, b in _kernels(spec))
-
-
-def _block_matrices(spec: ModelSpec) -> int:
-    return sum(layers for layers, _, _ in _kernels(spec))
+    if settings.engine == "directional" and settings.method == "opus":
+        chosen = 3 * row * config.batch.rows // settings.redundancy_rounds
+        return (settings.redundancy_rounds - 1) * (chosen + direction + scored_row * candidates)
+    if settings.engine == "per_example" and settings.method == "opus" and settings.sketch is None:
+        return candidates * (3 * row + direction) + 2 * candidates**2 * transformer.parameter_count(spec)
+    return PairCosts(spec, config).products(candidates)
 
 
 def _kernels(spec: ModelSpec) -> list[tuple[int, ...]]:

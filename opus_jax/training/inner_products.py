@@ -123,7 +123,7 @@ class InnerProducts:
         def of_chunk(rows: Batch) -> dict[str, Array]:
             gradients = per_example_gradients(self.losses, self.params, rows)
             moved = apply_tree(preconditioners, gradients)
-            found = {"sketches": sketch_tree(sketch, moved, self.seed, implementation=self.settings.kernel)}
+            found = {"sketches": self._sketches(sketch, moved)}
             return found if direction is None else found | {"utilities": _along(gradients, direction)}
 
         return Scores(losses=None, **map_chunks(of_chunk, self.rows, self.settings.score_chunk))
@@ -131,7 +131,10 @@ class InnerProducts:
     def _sketch_of(self, sketch: Sketch, gradient: Gradient, preconditioners: Preconditioners) -> Float[Array, "1 S M"]:
         """The sketch of P times one gradient, under the candidates' hashes."""
         one = jax.tree.map(lambda g: g[None], gradient)
-        return sketch_tree(sketch, apply_tree(preconditioners, one), self.seed, implementation=self.settings.kernel)
+        return self._sketches(sketch, apply_tree(preconditioners, one))
+
+    def _sketches(self, sketch: Sketch, gradients: Gradient) -> Float[Array, "N S M"]:
+        return sketch_tree(sketch, gradients, self.seed, axes=self.axes, implementation=self.settings.kernel)
 
     def _root(self) -> Preconditioners:
         return roots(self.frozen())

@@ -18,6 +18,7 @@ from opus_jax.errors import UserError
 from opus_jax.models.presets import ModelSpec, resolve
 from opus_jax.training.batches import abstract_batch
 from opus_jax.training.build import check_rows, optimizer_for
+from opus_jax.training.overhead_budget import within_budget
 from opus_jax.training.scoring import is_directed
 from opus_jax.training.state import abstract_state
 from opus_jax.training.step import make_step
@@ -32,6 +33,7 @@ def lower_step(config: Config, devices: list[Any]) -> Any:
     mesh = make_mesh(config.mesh, devices)
     check_rows(config, mesh)
     spec = model_spec(config)
+    config = within_budget(spec, config)
     optimizer = optimizer_for(spec, config)
     directed = is_directed(config)
     tokens = config.corpus.row_tokens

@@ -31,7 +31,7 @@ class Done:
     step: int
     host: Mapping[str, np.ndarray]  # the candidate rows
     metrics: Mapping[str, jax.Array]
-    audit: jax.Array | None
+    audit: Mapping[str, jax.Array] | None
     waited: float
     timed: bool  # False for a step that compiled something
 
@@ -101,7 +101,7 @@ class Recorder:
         totals, tokens = self.totals, int(metrics["update_tokens"])
         totals.update_tokens += tokens
         totals.seen_tokens += int(done.host["loss_mask"].sum())
-        totals.update_flops += self.costs.update
+        totals.update_flops += self.costs.training(done.step - 1, self.steering.buffers)
         totals.selection_flops += self.costs.selection(done.step - 1, self.config, self.steering.buffers)
         totals.audit_flops += self.costs.audit if done.audit is not None else 0
         if done.timed:
@@ -135,7 +135,8 @@ class Recorder:
         if line["selected_at_random"] and scored:
             self.progress.warn(f"step {done.step}: all utilities are equal, so the rows were chosen at random")
         if done.audit is not None:
-            line["audit_rank_agreement"] = agreement = float(done.audit)
+            line |= {name: float(value) for name, value in done.audit.items()}
+            agreement = float(done.audit["audit_rank_agreement"])
             if agreement < WARN_BELOW:
                 self.progress.warn(
                     f"step {done.step}: utilities agree with exact per-example gradients only to {agreement:.2f} "

@@ -66,12 +66,12 @@ def score_direction(parts: Parts, state: TrainState, *, relative: bool = False) 
     reference = state.reference_gradient
     if reference is None:
         reference = _gradient(parts, state, "train", _drawn(parts, config.batch.rows), at_once)
-    stream = None
+    stream: Gradient | None = None
     if relative:
         stream = _gradient(parts, state, "train", _drawn(parts, PROXY_BATCHES * config.batch.rows), at_once)
 
     def direct(
-        state: TrainState, reference: Gradient, proxy: Gradient, stream: Gradient | None
+        state: TrainState, reference: Gradient, proxy: Gradient, stream: Any
     ) -> tuple[Gradient, Array, Array]:
         def pulled(gradient: Gradient) -> tuple[Gradient, Array]:
             mode = config.selection.direction

@@ -87,7 +87,7 @@ class Chooser:
                 utilities, indices, left_out, found = self._pick_documents(v, score_key, sample_key)
                 trainable = without(self.candidates, left_out)
             else:
-                scored = self._scores(v, proxy_gradient, score_key)
+                scored = self.ask(v, proxy_gradient, score_key)
                 utilities = scored.utilities
                 indices, found = self._pick(scored, v, score_key, sample_key)
         elif method in ("paper", "greats"):
@@ -121,8 +121,17 @@ class Chooser:
             state.proxy_gradient, scored, lambda: fresh()[0], refresh=config.proxy.refresh, ema=config.proxy.ema
         )
 
+    def ask(self, v: Gradient, proxy_gradient: Gradient, key: Key[Array, ""], rows: Batch | None = None) -> Scores:
+        """Utilities of rows (the candidates unless given), and in the same pass what else the choice asks of them."""
+        settings = self.config.selection
+        sketches = settings.sketch is not None and (settings.redundancy or settings.sketched_utilities)
+        if settings.engine == "ghost" or sketches:
+            along, target = (parameter_subset.split(x, settings.parameters)[0] for x in (v, proxy_gradient))
+            return self._inner_products(settings.parameters, key, rows).opus(along, target)
+        return Scores(losses=None, utilities=self.score(v, key, rows))
+
     def score(self, v: Gradient, key: Key[Array, ""], rows: Batch | None = None) -> Float[Array, " N"]:
-        """Utilities of rows (the candidates unless given) by the configured engine, window and parameters."""
+        """Utilities of rows (candidates unless given) by the configured engine, window and parameters, unsketched."""
         settings, cut = self.config.selection, self._cut(key, rows)
         chunk = settings.score_chunk if rows is None else None
         score: Slopes = partial(directional.utilities, method=settings.derivative)
@@ -150,14 +159,6 @@ class Chooser:
         return score(whole, moving, parameter_subset.split(v, subset)[0], cut, chunk=chunk)
 
     # ------------------------------------------------------------------------------------------- picking
-
-    def _scores(self, v: Gradient, proxy_gradient: Gradient, key: Key[Array, ""]) -> Scores:
-        """Utilities of the candidates, and in the same pass whatever else they are asked."""
-        settings = self.config.selection
-        if settings.engine == "ghost" or settings.sketch is not None:
-            along, target = (parameter_subset.split(x, settings.parameters)[0] for x in (v, proxy_gradient))
-            return self._inner_products(settings.parameters, key).opus(along, target)
-        return Scores(losses=None, utilities=self.score(v, key))
 
     def _pick(
         self, scored: Scores, v: Gradient, key: Key[Array, ""], sample_key: Key[Array, ""]
@@ -219,9 +220,11 @@ class Chooser:
             utilities, gram = found.utilities, found.gram
         return utilities, *greats.select(utilities, gram, self._k, learning_rate=rate, key=sample_key)
 
-    def _inner_products(self, subset: str, key: Key[Array, ""]) -> InnerProducts:
-        """Over a part of the parameters."""
-        settings, state, cut = self.config.selection, self.state, self._cut(key)
+    def _inner_products(self, subset: str, key: Key[Array, ""], rows: Batch | None = None) -> InnerProducts:
+        """Over a part of the parameters; of rows that are given, all at once and without what the update would need."""
+        settings, state, cut = self.config.selection, self.state, self._cut(key, rows)
+        if rows is not None:
+            settings = replace(settings, score_chunk=None, shared=False)
         if self.spec.tied and subset == "all" and settings.redundancy and settings.sketch is None:
             raise UserError(
                 "selection.redundancy: exact products cannot take in a table that is also the head (model.tied): each "

@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from opus_jax.config import Config, ModelConfig, from_mapping
 from opus_jax.distributed import compile as compiler
-from opus_jax.distributed.compile import compile_for, count_collectives, describe, measure
+from opus_jax.distributed.compile import compile_for, count_collectives, describe, kernel_calls, measure
 from opus_jax.distributed.topology import compiler_environment, parse_topology
 from opus_jax.errors import MissingExtraError, UserError
 from opus_jax.training import lower_step, step
@@ -18,6 +19,8 @@ from opus_jax.training import lower_step, step
 with_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu exists for Linux x86-64 only"
 )
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 TINY = {
     "model": {"preset": "tiny", "width": 32, "layers": 1, "heads": 2},
@@ -87,7 +90,33 @@ def test_the_real_step_compiles_and_is_described(tmp_path, capsys):
     assert json.loads(file.read_text()) == figures
     assert figures["collectives"]["all-reduce"] > 0
     assert 0 < figures["peak_bytes"] < figures["hbm_bytes"]
+    assert figures["kernels"] == {}, "nothing is sketched"
     assert "HBM per chip" in capsys.readouterr().out
+
+
+SKETCHED = {"sketch": "count", "sketch_width": 64, "sketched_utilities": True, "direction": "adamw_frozen"}
+
+
+@with_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "kernel"), [("ghost", "ghost_sketch"), ("per_example", "count_sketch")])
+def test_sketches_of_the_real_step_are_our_kernels(engine, kernel):
+    """With AdamW's exact diagonal; those of the ghost engine lie within the scanned backward pass."""
+    selection = TINY["selection"] | SKETCHED | {"engine": engine, "redundancy": 0.5}
+    figures = compile_for(from_mapping(TINY | {"selection": selection}), "v5e:2x2")
+    found = figures["kernels"][kernel]
+    assert found["calls"] >= 7, "as many matrices as a block has"
+    assert 0 < found["flops"] < figures["flops"]
+    assert 0 < found["bytes"] < figures["moved_bytes"]
+
+
+@with_libtpu
+@pytest.mark.slow
+def test_the_direct_configuration_has_our_kernels_on_a_pod_slice(capsys):
+    figures = compile_for(Config.load(CONFIGS / "opus_direct.yaml"), "v5p:2x2x4")
+    assert set(figures["kernels"]) == {"count_sketch"}
+    assert figures["kernels"]["count_sketch"]["calls"] > 0
+    assert "count_sketch: " in capsys.readouterr().out
 
 
 @with_libtpu
@@ -147,17 +176,43 @@ def test_collectives_are_counted_by_kind_and_a_start_once():
     assert count_collectives(program) == {"all-reduce": 2, "all-gather": 1}
 
 
+def test_kernels_are_counted_by_name_with_the_costs_they_state():
+    cost = '"cost_estimate":{"flops":"%d","transcendentals":"0","bytes_accessed":"%d"}'
+    target = 'custom-call(%%x), custom_call_target="tpu_custom_call"'
+    call = target + ', backend_config={"custom_call_config":{"body":"TUz",%s}}'
+    program = "\n".join(
+        [
+            "  %count_sketch.54 = f32[1,8]{1,0} " + call % (cost % (100, 40)),
+            "  %count_sketch = (f32[1,8]{1,0}, f32[2]{0}) " + call % (cost % (10, 4)),
+            "  ROOT %mine-2 = f32[1,8]{1,0} " + call % '"needs_layout_passes":true',
+            '  %sort.1 = f32[8]{0} custom-call(%x), custom_call_target="TopK"',
+        ]
+    )
+    assert kernel_calls(program) == {
+        "count_sketch": {"calls": 2, "flops": 110, "bytes": 44},
+        "mine-2": {"calls": 1, "flops": 0, "bytes": 0},
+    }
+
+
+def test_kernels_are_printed_with_their_shares():
+    kernel = {"calls": 3, "flops": 5 * 10**8, "bytes": 2**28}
+    text = describe(FIGURES | {"kernels": {"count_sketch": kernel}})
+    assert "count_sketch: 3 calls, 0.25 GiB moved (25.0%), 50.0% of the FLOPs" in text
+
+
 FIGURES = {
     "topology": "tpu7x:2x2x1", "chips": 4, "devices": 8, "devices_per_chip": 2, "hbm_bytes": 90 * 2**30,
     "fits": True, "compile_seconds": 1.0, "arguments_bytes": 2**30, "outputs_bytes": 2**30, "aliased_bytes": 2**30,
-    "temporaries_bytes": 2**30, "program_bytes": 0, "peak_bytes": 2 * 2**30, "flops": 10**9, "collectives": {},
+    "temporaries_bytes": 2**30, "program_bytes": 0, "peak_bytes": 2 * 2**30, "flops": 10**9,
+    "moved_bytes": 2**30, "collectives": {}, "kernels": {},
 }  # fmt: skip
 
 
 def test_a_chip_of_two_devices_holds_twice_as_much():
     text = describe(FIGURES)
+    assert "kernels     none" in text
     assert "HBM per chip: 4.00 GiB of 180.00 GiB at the peak (2.2%)" in text
-    assert "collectives: none" in text
+    assert "collectives none" in text
 
 
 def test_donated_arguments_are_not_counted_twice():
@@ -166,7 +221,9 @@ def test_donated_arguments_are_not_counted_twice():
         generated_code_size_in_bytes=3,
     )  # fmt: skip
     compiled = SimpleNamespace(
-        memory_analysis=lambda: stats, cost_analysis=lambda: {"flops": 5.0}, as_text=lambda: "%a = f32[] all-reduce(%x)"
+        memory_analysis=lambda: stats,
+        cost_analysis=lambda: {"flops": 5.0, "bytes accessed": 7.0},
+        as_text=lambda: "%a = f32[] all-reduce(%x)",
     )
     figures = measure(SimpleNamespace(compile=lambda: compiled), parse_topology("v5e:2x2"))
     assert figures["peak_bytes"] == 100 + 90 - 80 + 7 + 3

@@ -62,13 +62,14 @@ def flops(lowered: Any) -> float:
     return lowered.compile().cost_analysis()["flops"]
 
 
-def scored(parts: Parts, params: Any, v: Any, rows: Any) -> Any:
-    """Utilities as the step computes them."""
-    state = TrainState(jnp.int32(5), params, None, None, None, jax.random.key(0))
+def scored(parts: Parts, params: Any, v: Any, rows: Any, opt_state: Any = None) -> Any:
+    """Utilities as the step computes them, and what it finds out about pairs."""
+    state = TrainState(jnp.int32(5), params, opt_state, None, None, jax.random.key(0))
     chooser = Chooser(parts.spec, parts.optimizer, parts.config, state, rows, None)
     if parts.config.selection.unit == "document":
         return chooser.score_tokens(v, rows)
-    return chooser.score(v, jax.random.key(1), rows)
+    found = chooser.ask(v, v, jax.random.key(1), rows)
+    return found.utilities, found.gram
 
 
 def compiled(function: Any, *shapes: Any) -> float:
@@ -106,6 +107,85 @@ def test_scoring_costs_three_forward_passes_of_the_windows(override: str) -> Non
     counted = compiled(score, parts.params, parts.params, parts.rows(parts.config.candidates))
     assert counted == pytest.approx(parts.costs.scoring + parts.costs.direction, rel=0.05)
     assert (parts.costs.direction > 0) == (parts.config.selection.rank is not None), "AdamW's own counts as nothing"
+
+
+SKETCHED = "selection.sketched_utilities=true"
+FROZEN = "selection.direction=adamw_frozen"
+REDUNDANT = "selection.redundancy=1.0"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "selection.engine=ghost",
+        pytest.param(f"selection.engine=ghost selection.sketch=kron {SKETCHED}", marks=pytest.mark.slow),
+        f"selection.engine=ghost selection.sketch=kron selection.sketch_width=2048 {SKETCHED} {FROZEN} {REDUNDANT}",
+        pytest.param(
+            f"selection.engine=ghost selection.sketch=count {FROZEN} {REDUNDANT} selection.preconditioner=factored",
+            marks=pytest.mark.slow,
+        ),
+        f"selection.engine=ghost {REDUNDANT} selection.parameters=blocks",
+        f"selection.engine=per_example selection.sketch=count {SKETCHED} {FROZEN} {REDUNDANT}",
+        f"selection.engine=per_example selection.sketch=kron {SKETCHED} {FROZEN} model.tied=true model.norm=prenorm",
+    ],
+)
+def test_ghost_and_sketches_cost_their_passes_sketches_and_products(overrides: str) -> None:
+    """One pass, nothing in chunks: scoring and redundancy are compiled together, as the step has them."""
+    parts = Parts(*overrides.split())
+    state = jax.eval_shape(parts.optimizer.transform.init, parts.params)
+
+    def score(params: Any, v: Any, rows: Any, state: Any) -> Any:
+        return scored(parts, params, v, rows, state)
+
+    counted = compiled(score, parts.params, parts.params, parts.rows(parts.config.candidates), state)
+    assert counted == pytest.approx(parts.costs.scoring + parts.costs.redundancy, rel=0.06)
+
+
+def test_muons_metric_costs_its_products_and_its_root() -> None:
+    """By the formula: the compiler counts one of the root's steps."""
+    settings = ("selection.engine=ghost", "selection.sketch=kron", "selection.direction=muon_frozen", REDUNDANT, MUON)
+    parts = Parts(*settings, "selection.parameters=blocks")
+    plain = Parts(*settings[:2], "selection.direction=identity", REDUNDANT, MUON, "selection.parameters=blocks")
+    more = parts.costs.redundancy - plain.costs.redundancy
+    sides = [(128, 128)] * 4 + [(128, 352)] * 2 + [(352, 128)]
+    assert more == sum(2 * b * b * a + 2 * b**3 * (1 + 3 * 16) for a, b in sides)
+
+
+def test_pairs_of_few_tokens_cost_products_of_tokens() -> None:
+    """2 T^2 (D + F) for each pair of rows, where that is less than forming gradients."""
+    settings = ("selection.engine=ghost", REDUNDANT, "selection.parameters=blocks", "selection.direction=identity")
+    short = Parts(*settings, "selection.window=8")
+    assert short.costs.redundancy == 8**2 * 2 * 8**2 * (4 * (128 + 128) + 3 * (128 + 352))
+
+
+def test_a_tensor_sketch_costs_two_transforms_a_token() -> None:
+    settings = ("selection.engine=ghost", "selection.sketch=tensor", "selection.preconditioner=factored", SKETCHED)
+    narrow, wide = (
+        Parts(*settings, f"selection.sketch_width={m}", FROZEN, "selection.parameters=blocks").costs.scoring
+        for m in (1024, 2048)
+    )
+    more = 8 * 7 * (2 * TOKENS + 1) * (2.5 * 2048 * 11 - 2.5 * 1024 * 10)  # rows, matrices
+    plain = narrow - 8 * 7 * (2 * TOKENS + 1) * 2.5 * 1024 * 10
+    assert wide - narrow > more, "and the products with the proxy's sketch"
+    assert plain > 0
+
+
+def test_a_sketch_that_nothing_asks_for_is_not_made() -> None:
+    idle, plain = Parts("selection.engine=per_example", "selection.sketch=count"), Parts("selection.engine=per_example")
+    assert idle.costs == plain.costs
+    found = jax.eval_shape(lambda p, v, rows: scored(idle, p, v, rows), idle.params, idle.params, idle.rows(8))
+    assert found[1] is None
+
+
+def test_what_scoring_has_done_is_spared_to_the_update() -> None:
+    """(2 + rho) F for each candidate with sketched utilities, and only where a step chooses."""
+    shared = Parts("selection.engine=ghost", "selection.shared=true")
+    apart = Parts("selection.engine=ghost")
+    buffers = buffers_of(shared.config)
+    first = [shared.costs.training(step, buffers) for step in (0, 3)]
+    assert first[0] == apart.costs.training(3, buffers) == apart.costs.update
+    forward, attention = apart.costs.update // 12, 4 * TOKENS**2 * 128
+    assert first[1] == 4 * (forward - attention), "of every chosen row the products of its matrices"
 
 
 def test_losses_cost_one_forward_pass_of_the_windows() -> None:
@@ -148,7 +228,7 @@ def test_an_audit_scores_windows_and_checks_them_on_whole_rows() -> None:
     parts = Parts("selection.window=32")
     loss, rows = partial(row_losses, parts.spec), parts.rows(3)
     engine = compiled(
-        lambda p, v, rows: scored(parts, p, v, rows),
+        lambda p, v, rows: scored(parts, p, v, rows)[0],
         parts.params,
         parts.params,
         rows,

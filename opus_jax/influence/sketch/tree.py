@@ -1,6 +1,8 @@
 """Sketches of whole trees of gradients, one for each layer's matrix."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ from jaxtyping import Array, Float, PyTree, UInt32
 
 from opus_jax.errors import UserError
 from opus_jax.influence.sketch.count import CountSketch
-from opus_jax.influence.sketch.family import Sketch
+from opus_jax.influence.sketch.family import Axes, Sketch
 from opus_jax.influence.sketch.kron import KronSketch
 from opus_jax.influence.sketch.tensor import TensorSketch
 from opus_jax.optim.matrix_preconditioner import is_stacked
@@ -50,7 +52,12 @@ def make_sketch(method: str, m: int) -> Sketch:
 
 
 def sketch_tree(
-    sketch: Sketch, tree: PyTree[Float[Array, "N ..."]], seed: UInt32[Array, ""], *, implementation: str | None = None
+    sketch: Sketch,
+    tree: PyTree[Float[Array, "N ..."]],
+    seed: UInt32[Array, ""],
+    *,
+    axes: tuple[tuple[str, Axes], ...] = (),
+    implementation: str | None = None,
 ) -> Float[Array, "N S M"]:
     """Sketches of all layer matrices of a tree of per-example gradients.
 
@@ -61,20 +68,22 @@ def sketch_tree(
       sketch: the family.
       tree: leaves [N, ...].
       seed: matrix `layer` of leaf number `leaf` is sketched under `fold_seed(seed, leaf, layer)`.
+      axes: by the name of a leaf ("blocks.mlp.up.kernel"), mesh axes over which D and F are split; absent = gathered.
       implementation: of the kernels; None = by the mesh's platform.
 
     Returns:
       [N, S, M], leaf by leaf in the tree's order, layer by layer.
     """
-    found = []
+    found, split = [], dict(axes)
     for number, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
         matrices = _layer_matrices(leaf, is_stacked(path))
+        where = split.get(jax.tree_util.keystr(path, simple=True, separator="."), (None, None))
+        one = partial(sketch.of_gradient, axes=where, implementation=implementation)
 
-        def one(layer: Array, number: int = number, matrices: Array = matrices) -> Float[Array, "N M"]:
-            gradient = jax.lax.dynamic_index_in_dim(matrices, layer, 1, keepdims=False)
-            return sketch.of_gradient(gradient, fold_seed(seed, number, layer), implementation=implementation)
+        def of_layer(layer: Array, number: int = number, matrices: Array = matrices, one: Any = one) -> Array:
+            return one(jax.lax.dynamic_index_in_dim(matrices, layer, 1, keepdims=False), fold_seed(seed, number, layer))
 
-        found.append(jax.lax.map(one, jnp.arange(matrices.shape[1], dtype=jnp.uint32)).swapaxes(0, 1))
+        found.append(jax.lax.map(of_layer, jnp.arange(matrices.shape[1], dtype=jnp.uint32)).swapaxes(0, 1))
     return jnp.concatenate(found, axis=1)
 
 

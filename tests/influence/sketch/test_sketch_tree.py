@@ -2,8 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import opus_jax as oj
+from opus_jax.config import MeshConfig
+from opus_jax.distributed.mesh import make_mesh
 from opus_jax.errors import UserError
 from opus_jax.influence.sketch import CountSketch, KronSketch, TensorSketch, make_sketch, sketch, sketch_tree
 from pallas_kernels.count_sketch.hashing import fold_seed
@@ -78,3 +81,20 @@ def test_tables_are_no_larger_than_a_few_layers_of_many(family):
     tree = {"blocks": {"kernel": jax.ShapeDtypeStruct((1, layers, side, side), jnp.float32)}}
     compiled = jax.jit(lambda tree, seed: sketch_tree(family, tree, seed)).lower(tree, SEED).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.07 * layers * side * side * 4
+
+
+def test_matrices_that_a_mesh_splits_are_sketched_where_they_lie():
+    """The same numbers as on one device, and no device is sent the rest of a matrix."""
+    tree = {"blocks": {"kernel": jnp.asarray(drawn(0, 8, 2, 12, 40), jnp.float32)}}
+    whole = jax.jit(lambda tree: sketch_tree(CountSketch(24), tree, SEED))(tree)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
+    place = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, None, "tensor"))
+    split = jax.device_put(tree, place)
+    axes = (("blocks.kernel", (None, "tensor")),)
+    with jax.set_mesh(mesh):
+        programs = {a: jax.jit(lambda tree, a=a: sketch_tree(CountSketch(24), tree, SEED, axes=a)) for a in (axes, ())}
+        texts = {a: program.lower(split).compile().as_text() for a, program in programs.items()}
+        found = programs[axes](split)
+    np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-5)
+    assert "all-gather" not in texts[axes]
+    assert "all-gather" in texts[()], "otherwise this would show nothing"
