@@ -134,6 +134,7 @@ class SelectionConfig:
     score_chunk: Optional[int] = None  # candidates at once; null = all. per_example: parameters x 8 bytes for each
     warm_start_steps: int = 20  # first steps choose at random
     select_every: int = 1  # steps between scorings; steps in between train on fresh rows of the stream
+    max_overhead: Optional[float] = None  # share of training's FLOPs that scoring is made to fit in; null = as set
     audit_every: int = 100  # steps between checks against exact per-example gradients; 0 = off
     audit_rows: int = 8  # candidates in one check
 

@@ -59,6 +59,7 @@ _POSITIVE = (
     "model.rope_theta",
     "optimizer.eps",
     "optimizer.clip",
+    "selection.max_overhead",
     "feedback.temperature",
     "feedback.max_epochs",
 )
@@ -99,6 +100,7 @@ def check(config: Config) -> None:
     _check_batch(config)
     _check_redundancy(config)
     _check_rank(config)
+    _check_budget(config)
     _check_sketch(config)
     _check_shared(config)
     _check_documents(config)
@@ -182,6 +184,20 @@ def _check_rank(config: Config) -> None:
     if selection.derivative != "jvp":
         allowed = "central differences cost the same at any rank; set it to null, or selection.derivative=jvp"
         raise ConfigError(key, rank, allowed)
+
+
+def _check_budget(config: Config) -> None:
+    """A budget picks among settings of the directional engine."""
+    selection = config.selection
+    if selection.max_overhead is None:
+        return
+    needed: dict[str, Any] = {"method": "opus", "engine": "directional", "rank": None}
+    for name, value in needed.items():
+        found = getattr(selection, name)
+        if found != value:
+            shown = "null" if value is None else value
+            allowed = f"must be {shown} with selection.max_overhead; or set selection.max_overhead=null"
+            raise ConfigError(f"selection.{name}", found, allowed)
 
 
 def _check_sketch(config: Config) -> None:

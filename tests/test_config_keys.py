@@ -116,6 +116,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "selection.score_chunk": (see.step, 8),
     "selection.warm_start_steps": (see.rows_of_steps, 4),
     "selection.select_every": (see.rows_of_steps, 2),
+    "selection.max_overhead": (see.step, 1.0),
     "selection.audit_every": (see.audited_steps, 5),
     "selection.audit_rows": (see.audited_candidates, 5),
     "proxy.source": (see.records, "files", *FILES[1:]),

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from opus_jax.config import Config
+from opus_jax.config import Config, replace
 from opus_jax.data.buffers import Buffers, every_step
 from opus_jax.data.candidates import CandidateStream
 from opus_jax.data.plan import Plan
@@ -28,6 +28,8 @@ from opus_jax.training.feed import Fed, Feed
 from opus_jax.training.first_weights import first_weights
 from opus_jax.training.interrupt import stop_signals
 from opus_jax.training.metrics import MetricsWriter
+from opus_jax.training.overhead_budget import describe as describe_budget
+from opus_jax.training.overhead_budget import within_budget
 from opus_jax.training.progress import Progress
 from opus_jax.training.recorder import Done, Recorder
 from opus_jax.training.run_folder import (
@@ -52,8 +54,11 @@ def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
     """
     assert config.run.dir is not None, "Config.load names the run folder"
     folder = Path(config.run.dir)
-    refuse_changed_config(folder, config)
+    if config.selection.max_overhead is None:  # otherwise some keys are decided by the model, which has to be built
+        refuse_changed_config(folder, config)
     parts = build(config, progress=progress)
+    config = within_budget(parts.spec, config)
+    parts = replace(parts, config=config)
     with open_run_folder(folder, config), _checkpoints(folder, config) as checkpoints, stop_signals() as stop:
         state, steering, totals = _start(parts, checkpoints)
         write_records_place(folder, parts.records, parts.manifest.fingerprint)
@@ -103,6 +108,8 @@ def _logs(
         log = open_files.enter_context(closing(SelectionLog(folder, resume_step=step))) if logged else None
         bar = open_files.enter_context(Progress(config.run.steps, step, enabled=progress and writes))
         domains = list(parts.manifest.domains)
+        if config.selection.max_overhead is not None:
+            bar.say(_named(describe_budget(parts.spec, config)))
         if writes:
             steering.write_decisions(folder, step, describe(domains))
         yield Recorder(config, domains, step_costs(parts.spec, config), totals, steering, writer, log, bar)
@@ -227,7 +234,12 @@ def _save(parts: Parts, checkpoints: Checkpoints, recorder: Recorder, state: Tra
     checkpoints.save(int(state.step), state, recorder.steering.to_arrays(), meta, target)
 
 
+def _named(picked: dict[str, Any]) -> str:
+    return "selection.max_overhead picks " + ", ".join(f"{name} = {value}" for name, value in picked.items())
+
+
 def _summary(parts: Parts, totals: Totals) -> dict[str, Any]:
+    within = None if parts.config.selection.max_overhead is None else describe_budget(parts.spec, parts.config)
     return {
         "steps": parts.config.run.steps,
         "update_tokens": totals.update_tokens,
@@ -236,6 +248,7 @@ def _summary(parts: Parts, totals: Totals) -> dict[str, Any]:
         "wall_seconds": totals.wall_seconds,
         "tokens_per_second": totals.tokens_per_second,
         "scoring_overhead": totals.scoring_overhead,
+        "max_overhead_picks": within,
         "bits_per_byte": totals.bits_per_byte,
         "target_bits_per_byte": totals.target_bits_per_byte,
         "selected_share": totals.selected_share(list(parts.manifest.domains)),

@@ -44,6 +44,9 @@ class Progress:
         listed = ", ".join(f"{domain} {value:.3f}" for domain, value in bits.items())
         self._print(f"step {step}: target {target:.3f} bits per byte ({listed})")
 
+    def say(self, message: str) -> None:
+        self._print(message)
+
     def warn(self, message: str) -> None:
         self.console.print(f"warning: {message}", markup=False, highlight=False, style="yellow")
 

@@ -70,9 +70,7 @@ def score_direction(parts: Parts, state: TrainState, *, relative: bool = False) 
     if relative:
         stream = _gradient(parts, state, "train", _drawn(parts, PROXY_BATCHES * config.batch.rows), at_once)
 
-    def direct(
-        state: TrainState, reference: Gradient, proxy: Gradient, stream: Any
-    ) -> tuple[Gradient, Array, Array]:
+    def direct(state: TrainState, reference: Gradient, proxy: Gradient, stream: Any) -> tuple[Gradient, Array, Array]:
         def pulled(gradient: Gradient) -> tuple[Gradient, Array]:
             mode = config.selection.direction
             return direction_with_report(parts.optimizer, state.opt_state, state.params, reference, gradient, mode)
