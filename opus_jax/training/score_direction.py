@@ -20,6 +20,7 @@ from opus_jax.training.state import TrainState
 from opus_jax.training.update import mean_gradient
 
 PROXY_BATCHES = 16  # the target's gradient is averaged over so many times proxy.rows, where there are as many
+STREAM_BATCHES = 256  # and the stream's over so many times batch.rows: its noise would count as what all rows share
 
 Gradient = PyTree[Float[Array, "..."]]
 
@@ -68,7 +69,7 @@ def score_direction(parts: Parts, state: TrainState, *, relative: bool = False) 
         reference = _gradient(parts, state, "train", _drawn(parts, config.batch.rows), at_once)
     stream: Gradient | None = None
     if relative:
-        stream = _gradient(parts, state, "train", _drawn(parts, PROXY_BATCHES * config.batch.rows), at_once)
+        stream = _gradient(parts, state, "train", _drawn(parts, STREAM_BATCHES * config.batch.rows), at_once)
 
     def direct(state: TrainState, reference: Gradient, proxy: Gradient, stream: Any) -> tuple[Gradient, Array, Array]:
         def pulled(gradient: Gradient) -> tuple[Gradient, Array]:

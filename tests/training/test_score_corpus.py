@@ -144,7 +144,7 @@ def test_relative_utilities_are_0_on_average_over_the_stream(run: Path, tmp_path
     assert found["direction"]["relative"]
     parts = build(Config.load(run), progress=False)
     _, state, _, _ = load_state(run, parts.abstract_state())
-    rows = score_direction._drawn(parts, score_direction.PROXY_BATCHES * parts.config.batch.rows)
+    rows = score_direction._drawn(parts, score_direction.STREAM_BATCHES * parts.config.batch.rows)
     stream = score_direction._gradient(parts, state, "train", rows, parts.config.batch.rows)
     plain, relative = (score_direction.score_direction(parts, state, relative=r)[0] for r in (False, True))
     along = lambda v: float(optax.tree.vdot(stream, v) / (optax.tree.norm(stream) * optax.tree.norm(v)))  # noqa: E731
