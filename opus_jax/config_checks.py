@@ -191,13 +191,8 @@ def _check_budget(config: Config) -> None:
     selection = config.selection
     if selection.max_overhead is None:
         return
-    needed: dict[str, Any] = {"method": "opus", "engine": "directional", "rank": None}
-    for name, value in needed.items():
-        found = getattr(selection, name)
-        if found != value:
-            shown = "null" if value is None else value
-            allowed = f"must be {shown} with selection.max_overhead; or set selection.max_overhead=null"
-            raise ConfigError(f"selection.{name}", found, allowed)
+    needed = {"selection.method": "opus", "selection.engine": "directional", "selection.rank": None}
+    _require_with(config, "selection.max_overhead", needed, without="null")
 
 
 def _check_sketch(config: Config) -> None:
@@ -236,12 +231,7 @@ def _check_shared(config: Config) -> None:
         "selection.parameters": "all", "selection.window": None, "selection.dtype": None,
         "selection.score_chunk": None, "batch.microbatch": None,
     }  # fmt: skip
-    for key, value in needed.items():
-        section, name = key.split(".")
-        found = getattr(getattr(config, section), name)
-        if found != value:
-            shown = "null" if value is None else value
-            raise ConfigError(key, found, f"must be {shown} with selection.shared; or set selection.shared=false")
+    _require_with(config, "selection.shared", needed, without="false")
 
 
 def _check_documents(config: Config) -> None:
@@ -278,6 +268,15 @@ def _check_feedback(config: Config) -> None:
         )
     if feedback.signal == "odm" and list(feedback.groups) != ["domain"]:
         raise ConfigError("feedback.groups", feedback.groups, "feedback.signal = odm knows domains only: [domain]")
+
+
+def _require_with(config: Config, setting: str, needed: dict[str, Any], *, without: str) -> None:
+    """Values that a setting needs, or it must be given up."""
+    for key, value in needed.items():
+        shown = "null" if value is None else value
+        _require(
+            config, key, lambda x, ok=value: x == ok, f"must be {shown} with {setting}; or set {setting}={without}"
+        )
 
 
 def _require(config: Config, key: str, holds: Any, allowed: str) -> None:

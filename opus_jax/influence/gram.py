@@ -1,6 +1,6 @@
 """Inner products among candidates, which redundancy needs: what two examples would both do to the model.
 
-Exact, out of all per-example gradients at once (the oracle: memory is rows x parameters), or sketched, chunk by chunk.
+Exact, out of all per-example gradients at once: the oracle, whose memory is rows x parameters.
 """
 
 from collections.abc import Callable
@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree, UInt32
+from jaxtyping import Array, Float, PyTree
 
 from opus_jax.influence.chunks import map_chunks
 from opus_jax.influence.per_example import LossFn, per_example_gradients
-from opus_jax.influence.sketch import Sketch, sketch_tree
 
 Params = PyTree[Any]
 Batch = PyTree[Any]  # leaves with the candidates on their first axis
@@ -53,41 +52,12 @@ def alignment_and_gram(
         return gradients, jax.vmap(precondition)(gradients)
 
     gradients, displacements = map_chunks(displaced, batch, chunk)
-    alignment = _inner(displacements, jax.tree.map(lambda g: g[None], proxy_gradient))[:, 0]
-    return alignment, _inner(displacements, displacements if both_sides else gradients)
+    alignment = inner_products(displacements, jax.tree.map(lambda g: g[None], proxy_gradient))[:, 0]
+    return alignment, inner_products(displacements, displacements if both_sides else gradients)
 
 
-def sketched_alignment_and_gram(
-    loss_fn: LossFn,
-    params: Params,
-    batch: Batch,
-    proxy_gradient: PyTree[Array],
-    precondition: Precondition,
-    *,
-    sketch: Sketch,
-    seed: UInt32[Array, ""],
-    chunk: int | None = None,
-) -> tuple[Float[Array, " N"], Float[Array, "N N"]]:
-    """The same through sketches of the displacements P g_i and of g_proxy (arXiv 2602.05400 eq. 24-25): unbiased.
-
-    alignment_i = sum_layers <sketch P g_i, sketch g_proxy>, gram_ij = sum_layers <sketch P g_i, sketch P g_j> (H = I).
-    One chunk's gradients exist at a time, and N x layers x sketch.width numbers in the end.
-
-    Args: as `alignment_and_gram`.
-      sketch: the family, and the numbers it keeps of each layer's matrix.
-      seed: the hash; the same seed is the same hash at every call.
-    """
-
-    def sketches(rows: Batch) -> Float[Array, "n L m"]:
-        return sketch_tree(sketch, jax.vmap(precondition)(per_example_gradients(loss_fn, params, rows)), seed)
-
-    candidates = map_chunks(sketches, batch, chunk)
-    proxy = sketch_tree(sketch, jax.tree.map(lambda g: g[None], proxy_gradient), seed)
-    return _inner(candidates, proxy)[:, 0], _inner(candidates, candidates)
-
-
-def _inner(left: PyTree[Array], right: PyTree[Array]) -> Float[Array, "N K"]:
-    """All inner products of the rows of two trees, in float32 or wider."""
+def inner_products(left: PyTree[Array], right: PyTree[Array]) -> Float[Array, "N K"]:
+    """All inner products of the rows of two trees, such as gradients [N, ...] or sketches, in float32 or wider."""
 
     def leaf(a: Array, b: Array) -> Array:
         dtype = jnp.promote_types(a.dtype, jnp.float32)

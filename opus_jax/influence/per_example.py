@@ -50,10 +50,14 @@ def utilities(
     """
 
     def dot(rows: Batch) -> Float[Array, " n"]:
-        gradients = per_example_gradients(loss_fn, params, rows)
-        return jax.tree.reduce(jnp.add, jax.tree.map(_row_dot, gradients, direction))
+        return along(per_example_gradients(loss_fn, params, rows), direction)
 
     return map_chunks(dot, batch, chunk)
+
+
+def along(gradients: PyTree[Array], direction: Params) -> Float[Array, " N"]:
+    """<g_i, v> of every row's gradient, leaves [N, ...], with a tree v like one of them, in float32 or wider."""
+    return jax.tree.reduce(jnp.add, jax.tree.map(_row_dot, gradients, direction))
 
 
 def _row_dot(gradients: Float[Array, "n ..."], v: Float[Array, "..."]) -> Float[Array, " n"]:

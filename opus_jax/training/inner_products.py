@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, UInt32
 
 from opus_jax.config import SelectionConfig
 from opus_jax.distributed.axes import RULES
 from opus_jax.influence.chunks import map_chunks
 from opus_jax.influence.ghost.scores import Axes, Pairing, Recording, Scores, Sketching, scores
-from opus_jax.influence.per_example import per_example_gradients
+from opus_jax.influence.gram import inner_products
+from opus_jax.influence.per_example import along, per_example_gradients
 from opus_jax.influence.sketch import CountSketch, Sketch, make_sketch, sketch_tree
 from opus_jax.models import transformer
 from opus_jax.models.presets import ModelSpec
@@ -63,7 +63,7 @@ class InnerProducts:
                 (identities(self.params), v) if settings.direction == "vjp" else (self._root(), proxy_gradient)
             )
             found = self._ask(sketch=sketch, preconditioners=root)
-            utilities = products(found.sketches, self._sketch_of(sketch, target, root))[:, 0]
+            utilities = inner_products(found.sketches, self._sketch_of(sketch, target, root))[:, 0]
             return self._with_gram(replace(found, utilities=utilities))
         if not settings.redundancy:
             return self._ask(direction=v)
@@ -83,7 +83,7 @@ class InnerProducts:
         sketch = CountSketch(paper.SKETCH)
         found = self._ask(sketch=sketch, preconditioners=self.frozen())
         proxy = self._sketch_of(sketch, proxy_gradient, identities(self.params))
-        return self._with_gram(replace(found, utilities=products(found.sketches, proxy)[:, 0]))
+        return self._with_gram(replace(found, utilities=inner_products(found.sketches, proxy)[:, 0]))
 
     @property
     def sketch(self) -> Sketch | None:
@@ -124,7 +124,7 @@ class InnerProducts:
             gradients = per_example_gradients(self.losses, self.params, rows)
             moved = apply_tree(preconditioners, gradients)
             found = {"sketches": self._sketches(sketch, moved)}
-            return found if direction is None else found | {"utilities": _along(gradients, direction)}
+            return found if direction is None else found | {"utilities": along(gradients, direction)}
 
         return Scores(losses=None, **map_chunks(of_chunk, self.rows, self.settings.score_chunk))
 
@@ -140,12 +140,7 @@ class InnerProducts:
         return roots(self.frozen())
 
     def _with_gram(self, found: Scores) -> Scores:
-        return replace(found, gram=products(found.sketches, found.sketches))
-
-
-def products(left: Float[Array, "N S M"], right: Float[Array, "K S M"]) -> Float[Array, "N K"]:
-    """Inner products of sketches, summed over matrices."""
-    return jnp.einsum("nsm,ksm->nk", left, right, precision=jax.lax.Precision.HIGHEST)
+        return replace(found, gram=inner_products(found.sketches, found.sketches))
 
 
 def activation_axes(spec: ModelSpec) -> tuple[tuple[str, Axes], ...]:
@@ -172,9 +167,3 @@ def _axis(mesh: Any, name: str | None, size: int) -> str | None:
     if not isinstance(axis, str) or mesh.empty or mesh.shape[axis] == 1 or size % mesh.shape[axis]:
         return None
     return axis
-
-
-def _along(gradients: Gradient, direction: Gradient) -> Float[Array, " N"]:
-    """<g_i, v> of every row."""
-    dot = lambda g, v: jnp.sum((g * v).reshape(g.shape[0], -1), axis=1)  # noqa: E731
-    return jax.tree.reduce(jnp.add, jax.tree.map(dot, gradients, direction))

@@ -1,4 +1,7 @@
-"""Ways to score cheaply, and how well each ranks candidates: measured by `benchmarks/overhead_frontier.py`."""
+"""Ways to score cheaply, and how well each ranks candidates: measured by `benchmarks/overhead_frontier.py`.
+
+Preliminary: 36 steps of one run on rows of 2048 tokens, two layers of width 64.
+"""
 
 from dataclasses import dataclass
 

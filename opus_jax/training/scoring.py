@@ -17,7 +17,7 @@ from opus_jax.data.packing import segments_per_row
 from opus_jax.errors import UserError
 from opus_jax.influence import directional, low_rank, per_example
 from opus_jax.influence.chunks import map_chunks
-from opus_jax.influence.ghost.scores import Recording, Scores, scores
+from opus_jax.influence.ghost.scores import Recording, Scores
 from opus_jax.influence.gram import alignment_and_gram
 from opus_jax.influence.proxy import update_proxy_gradient
 from opus_jax.models import parameter_subset, transformer
@@ -131,14 +131,12 @@ class Chooser:
         return Scores(losses=None, utilities=self.score(v, key, rows))
 
     def score(self, v: Gradient, key: Key[Array, ""], rows: Batch | None = None) -> Float[Array, " N"]:
-        """Utilities of rows (candidates unless given) by the configured engine, window and parameters, unsketched."""
+        """Utilities of rows (the candidates unless given), cut and along what is configured; no taps, no sketches."""
         settings, cut = self.config.selection, self._cut(key, rows)
         chunk = settings.score_chunk if rows is None else None
         score: Slopes = partial(directional.utilities, method=settings.derivative)
         if settings.engine == "per_example":
             score = per_example.utilities
-        elif settings.engine == "ghost":
-            score = _by_taps
         elif settings.rank is not None:
             score = partial(low_rank.utilities, rank=settings.rank)
         return self._along(score, self._row_losses, v, cut, chunk)
@@ -316,10 +314,6 @@ class Chooser:
             "selected_at_random": found["degenerate"],
             "nonfinite_utilities": found["nonfinite"],
         }
-
-
-def _by_taps(losses: Losses, params: Any, direction: Gradient, rows: Batch, *, chunk: int | None) -> Array:
-    return scores(losses, params, rows, direction=direction, chunk=chunk).utilities
 
 
 def _kept_targets(candidates: Batch, trainable: Batch, indices: Int[Array, " K"]) -> Float[Array, ""]:

@@ -1,17 +1,21 @@
+from unittest.mock import patch
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from opus_jax.config import MeshConfig
+from opus_jax.config import MeshConfig, SelectionConfig
 from opus_jax.distributed.axes import sharding
 from opus_jax.distributed.mesh import make_mesh
 from opus_jax.errors import UserError
-from opus_jax.influence.gram import alignment_and_gram, sketched_alignment_and_gram
+from opus_jax.influence.gram import alignment_and_gram
 from opus_jax.influence.per_example import per_example_gradients
-from opus_jax.influence.sketch import CountSketch
+from opus_jax.optim.matrix_preconditioner import Diagonal, OutputSide, apply_tree, identities
 from opus_jax.optim.preconditioner import direction
+from opus_jax.selection import paper
+from opus_jax.training.inner_products import InnerProducts
 
 
 def mixing(params):
@@ -49,24 +53,38 @@ def test_is_the_dense_algebra(mlp, both_sides, chunk):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
 
 
-def sketched(case, precondition, m, chunk=None, seed=0):
+def preconditioners():
+    """A P of every leaf that sketches know, as mixed as they come."""
+    draw = np.random.default_rng(5)
+    turn, scale = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in ((7, 7), (7,)))
+    return {"layers": [OutputSide(2 * turn), Diagonal(-jnp.ones((7, 3)))], "bias": Diagonal(scale)}
+
+
+def by_leaf(gradient):
+    return apply_tree(preconditioners(), gradient)
+
+
+def sketched(case, p, m, chunk=None, seed=0):
+    """The trainer's way, with every gradient formed and sketches m wide."""
     loss, params, proxy, batch = case
-    return sketched_alignment_and_gram(
-        loss, params, batch, proxy, precondition, sketch=CountSketch(m), seed=jnp.uint32(seed), chunk=chunk
-    )
+    settings = SelectionConfig(method="paper", engine="per_example", score_chunk=chunk)
+    asked = InnerProducts(settings, loss, params, batch, jnp.asarray(seed, jnp.uint32), frozen=lambda: p)
+    with patch.object(paper, "SKETCH", m):
+        found = asked.paper(proxy)
+    return found.utilities, found.gram
 
 
 def test_wide_sketches_lose_nothing(mlp):
     """No matrix has more than 35 entries, so every entry has its own place."""
-    alignment, gram = dense_oracle(mlp, mixing(mlp[1]), both_sides=True)
-    found = sketched(mlp, mixing(mlp[1]), m=64)
+    alignment, gram = dense_oracle(mlp, by_leaf, both_sides=True)
+    found = sketched(mlp, preconditioners(), m=64)
     np.testing.assert_allclose(found[0], alignment, rtol=1e-4, atol=1e-4 * np.abs(alignment).max())
     np.testing.assert_allclose(found[1], gram, rtol=1e-4, atol=1e-4 * np.abs(gram).max())
 
 
 def test_narrow_sketches_are_right_on_average(mlp):
-    alignment, gram = dense_oracle(mlp, mixing(mlp[1]), both_sides=True)
-    draws = jax.jit(jax.vmap(lambda seed: sketched(mlp, mixing(mlp[1]), m=8, seed=seed)))(jnp.arange(400))
+    alignment, gram = dense_oracle(mlp, by_leaf, both_sides=True)
+    draws = jax.jit(jax.vmap(lambda seed: sketched(mlp, preconditioners(), m=8, seed=seed)))(jnp.arange(400))
     for found, exact in zip(draws, (alignment, gram), strict=True):
         error = np.asarray(found, np.float64) - exact
         spread = error.std(axis=0) / 20
@@ -75,7 +93,7 @@ def test_narrow_sketches_are_right_on_average(mlp):
 
 
 def test_chunks_change_no_sketch(mlp):
-    whole, parts = (sketched(mlp, mixing(mlp[1]), m=8, chunk=chunk) for chunk in (None, 4))
+    whole, parts = (sketched(mlp, preconditioners(), m=8, chunk=chunk) for chunk in (None, 4))
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(a).max()))
 
@@ -90,11 +108,8 @@ def test_a_sketch_holds_one_chunk_of_gradients(mlp):
         return jax.jit(function).lower(params, rows).compile().memory_analysis().temp_size_in_bytes
 
     same = lambda g: g  # noqa: E731
-    narrow = temporary(
-        lambda p, x: sketched_alignment_and_gram(
-            loss, p, x, p, same, sketch=CountSketch(64), seed=jnp.uint32(0), chunk=2
-        )
-    )
+    of_batch = lambda p, batch: loss(p, batch["x"])  # noqa: E731
+    narrow = temporary(lambda p, x: sketched((of_batch, p, p, {"x": x}), identities(p), m=64, chunk=2))
     everything = temporary(lambda p, x: alignment_and_gram(loss, p, x, p, same))
     assert narrow < everything / 4
 

@@ -6,15 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from opus_jax.config import OptimizerConfig
-from opus_jax.influence.gram import sketched_alignment_and_gram
-from opus_jax.influence.sketch import CountSketch
+from opus_jax.config import OptimizerConfig, SelectionConfig
 from opus_jax.models import transformer
 from opus_jax.models.loss import batch_loss, row_losses
 from opus_jax.models.presets import PRESETS
-from opus_jax.optim.frozen import frozen_product
+from opus_jax.optim.matrix_preconditioner import matrix_preconditioners
 from opus_jax.optim.optimizers import make_optimizer
 from opus_jax.selection import opus, paper
+from opus_jax.training.inner_products import InnerProducts
 from tests.selection.oracle import sequential
 
 KEY = jax.random.key(0)
@@ -59,11 +58,11 @@ def products(trained):
     @jax.jit
     def scored(params, state):
         proxy = jax.grad(lambda p: row_losses(SPEC, p, text_like(8, 52)).mean())(params)
-        precondition = lambda g: frozen_product(optimizer, state, params, g)  # noqa: E731
+        settings = SelectionConfig(method="paper", engine="per_example")
         losses = lambda p, rows: row_losses(SPEC, p, rows)  # noqa: E731
-        return sketched_alignment_and_gram(
-            losses, params, buffer, proxy, precondition, sketch=CountSketch(paper.SKETCH), seed=jnp.uint32(0)
-        )
+        frozen = lambda: matrix_preconditioners(optimizer, state, params, "exact")  # noqa: E731
+        found = InnerProducts(settings, losses, params, buffer, jnp.uint32(0), frozen).paper(proxy)
+        return found.utilities, found.gram
 
     return scored(params, state)
 

@@ -27,6 +27,8 @@ from opus_jax.influence.ghost.taps import (
     paths,
     rows_first,
 )
+from opus_jax.influence.gram import inner_products
+from opus_jax.influence.per_example import along
 from opus_jax.influence.sketch.family import Sketch
 from opus_jax.models.precision import wide
 from opus_jax.models.tapped import Rule
@@ -199,8 +201,7 @@ class _Wanted:
         found = rows_first(leaf_at(answers, path), path)
         if self._is_matrix(path):
             return found["utilities"].reshape(found["utilities"].shape[0], -1).sum(axis=1)
-        v = leaf_at(self.direction, path)
-        return (found * v).reshape(found.shape[0], -1).sum(axis=1)
+        return along(found, leaf_at(self.direction, path))
 
     def _gram(self, answers: Answers, path: Path) -> Float[Array, "N N"]:
         assert self.pairing is not None
@@ -209,8 +210,7 @@ class _Wanted:
             return found["gram"].sum(axis=0) if is_stacked(path) else found["gram"]
         gradients = rows_first(found, path)
         moved = leaf_at(self.pairing.preconditioners, path).apply(gradients)
-        flat = lambda x: x.reshape(x.shape[0], -1)  # noqa: E731
-        return jnp.dot(flat(moved), flat(moved if self.pairing.both_sides else gradients).T, precision="highest")
+        return inner_products(moved, moved if self.pairing.both_sides else gradients)
 
     def _sketch(self, wanted: Sketching, answers: Answers, path: Path) -> Float[Array, "N S M"]:
         found = rows_first(leaf_at(answers, path), path)

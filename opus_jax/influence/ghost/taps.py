@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PyTree
 from opus_jax.distributed.axes import constrain
 from opus_jax.errors import UserError
 from opus_jax.models.tapped import Rule, Tapped
+from opus_jax.optim.labels import BLOCKS
 
 Params = PyTree[Any]
 Batch = PyTree[Any]  # leaves with the rows on their first axis
@@ -96,7 +97,7 @@ def rows_first(answers: PyTree[Array], path: Path) -> PyTree[Array]:
 
 def is_stacked(path: Path) -> bool:
     """Whether the leaf holds a layer of every block."""
-    return "blocks" in path
+    return BLOCKS in path
 
 
 def paths(params: Params) -> list[Path]:
@@ -123,7 +124,7 @@ def _matrix(path: Path, leaf: Array) -> Matrix | None:
 
 
 def _names(path: Any) -> Path:
-    return tuple(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def _axes(stack: list[int], dimensions: int) -> tuple[str | None, ...]:
