@@ -59,7 +59,7 @@ def measure(quick: bool) -> tuple[dict[str, Any], Figures]:
             "dtype": "bfloat16",
             "changes": changes,
         },
-        "method_arms": ["kron", "kron_factored", "kron_exact"],
+        "method_arms": ["kron", "kron_2x64", "kron_factored", "kron_exact"],
     }
     return setting, dict(sorted(figures.items()))
 

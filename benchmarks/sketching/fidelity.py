@@ -37,10 +37,11 @@ CANDIDATES = 32
 
 SKETCHES: dict[str, tuple[Sketch, str]] = {  # family and width, and the form of P inside
     "count": (CountSketch(8192), "exact"),
+    "count_32768": (CountSketch(32768), "exact"),
     "kron": (KronSketch(), "exact"),
     "kron_8192": (KronSketch(8, 32), "exact"),
     "kron_2x64": (KronSketch(2, 64), "exact"),
-    "kron_64": (KronSketch(1, 64), "exact"),
+    "kron_8x64": (KronSketch(8, 64), "exact"),
     "kron_factored": (KronSketch(), "factored"),
     "kron_8192_factored": (KronSketch(8, 32), "factored"),
     "tensor": (TensorSketch(8192), "factored"),
