@@ -148,6 +148,7 @@ class ProxyConfig:
     embedder: str = "hashing"  # retrieved, clusters: hashing (built in) | package.module:function
     limit: Optional[int] = None  # rows of the proxy that are used at all, spread over it; null = all
     rows: int = 16  # proxy rows per refresh
+    window: Optional[int] = None  # their first tokens, which the proxy gradient is taken over; null = the whole row
     refresh: int = 1  # scored steps between fresh proxy gradients
     ema: float = 0.0  # weight of the past in the proxy gradient; 0 = the fresh one only
 

@@ -49,7 +49,7 @@ _AT_LEAST = {
     "selection.rank": 1, "selection.sketch_width": 1,
     "selection.redundancy": 0.0, "selection.redundancy_rounds": 1, "selection.select_every": 1,
     "selection.warm_start_steps": 0, "selection.audit_every": 0, "selection.audit_rows": 3,
-    "proxy.limit": 1, "proxy.rows": 1, "proxy.refresh": 1, "evaluation.rows": 1, "evaluation.batch_rows": 1,
+    "proxy.limit": 1, "proxy.rows": 1, "proxy.window": 2, "proxy.refresh": 1, "evaluation.rows": 1, "evaluation.batch_rows": 1,
     "feedback.window_steps": 1, "feedback.clusters": 1, "feedback.shrinkage": 0.0, "feedback.floor": 0.0,
     "mesh.replica": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "checkpoint.keep": 1, "report.examples": 1,
 }  # fmt: skip
@@ -145,9 +145,9 @@ def _check_batch(config: Config) -> None:
         raise ConfigError(
             "selection.score_chunk", chunk, f"must divide the {candidates} candidates (batch.rows / selection.ratio)"
         )
-    window = config.selection.window
-    if window is not None and window > config.corpus.row_tokens:
-        raise ConfigError("selection.window", window, f"must be at most corpus.row_tokens = {config.corpus.row_tokens}")
+    for key, window in (("selection.window", config.selection.window), ("proxy.window", config.proxy.window)):
+        if window is not None and window > config.corpus.row_tokens:
+            raise ConfigError(key, window, f"must be at most corpus.row_tokens = {config.corpus.row_tokens}")
     if config.selection.audit_every and config.selection.audit_rows > candidates:
         raise ConfigError(
             "selection.audit_rows", config.selection.audit_rows, f"must be at most the {candidates} candidates"

@@ -126,6 +126,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "proxy.embedder": (see.records, "observations:letters", *RETRIEVED),
     "proxy.limit": (see.proxy_drawn, 5),
     "proxy.rows": (see.step, 16),
+    "proxy.window": (see.step, 16),
     "proxy.refresh": (see.step, 2),
     "proxy.ema": (see.step, 0.5),
     "plan.importance": (see.offered, "dsir"),

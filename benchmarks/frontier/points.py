@@ -33,7 +33,7 @@ def points(figures: Sequence[Figure]) -> list[Point]:
 
 def _can_be_picked(x: Figure) -> bool:
     scorer, setting = x.setting.scorer, x.setting
-    plain = scorer.place == "prefix" and scorer.rank is None and scorer.dtype is None and not scorer.proxy.ema
+    plain = scorer.place == "prefix" and scorer.rank is None and scorer.dtype is None
     return plain and scorer.pieces == 1 and setting.prior is None
 
 
@@ -49,6 +49,8 @@ def _point(alone: Figure, with_groups: Figure) -> Point:
         parameters=scorer.parameters,
         select_every=every,
         refresh=max(scorer.proxy.period // every, 1),
+        proxy_part=scorer.proxy.part,
+        ema=scorer.proxy.ema,
         alone=round(alone.mean, 3),
         with_feedback=round(with_groups.mean, 3),
     )
@@ -56,4 +58,4 @@ def _point(alone: Figure, with_groups: Figure) -> Point:
 
 def _call(point: Point) -> str:
     what = f'{point.part}, "{point.derivative}", "{point.parameters}", {point.select_every}, {point.refresh}'
-    return f"Point({what}, {point.alone}, {point.with_feedback})"
+    return f"Point({what}, {point.proxy_part}, {point.ema}, {point.alone}, {point.with_feedback})"

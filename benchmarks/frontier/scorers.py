@@ -24,15 +24,18 @@ class Proxy:
     Attributes:
       period: steps between fresh ones, each on new rows.
       ema: weight of the past at each renewal.
+      part: it is taken over this part of each proxy row: 4 = the first quarter.
     """
 
     period: int = 1
     ema: float = 0.0
+    part: int = 1
 
     @property
     def name(self) -> str:
         renewed = f"refresh{self.period}" if self.period > 1 else ""
-        return "_".join(filter(None, (renewed, f"ema{self.ema:g}" if self.ema else "")))
+        short = f"proxy{self.part}th" if self.part > 1 else ""
+        return "_".join(filter(None, (renewed, f"ema{self.ema:g}" if self.ema else "", short)))
 
 
 FRESH = Proxy()
@@ -109,6 +112,8 @@ def overhead(spec: ModelSpec, config: Config, scorer: Scorer, every: int) -> flo
     renewals = scorer.proxy.period // every if scorer.proxy.period > 1 else 1
     if scorer.proxy.period > 1 and scorer.proxy.period % every:
         raise ValueError(f"a proxy renewed every {scorer.proxy.period} steps cannot be used every {every}")
-    settings = replace(config.selection, **scorer.settings(config.corpus.row_tokens))
-    costs = step_costs(spec, replace(config, selection=settings))
+    tokens, part = config.corpus.row_tokens, scorer.proxy.part
+    settings = replace(config.selection, **scorer.settings(tokens))
+    proxy = replace(config.proxy, window=None if part == 1 else tokens // part)
+    costs = step_costs(spec, replace(config, selection=settings, proxy=proxy))
     return (costs.scoring * scorer.pieces + costs.direction + costs.proxy / renewals) / (every * costs.update)

@@ -30,7 +30,10 @@ from opus_jax.training.update import mean_gradient
 Scores = dict[Scorer, Any]
 
 EXACT = Scorer()
-PROXIES = (FRESH, Proxy(5), Proxy(10), Proxy(20), Proxy(1, 0.9), Proxy(5, 0.5))
+PROXIES = (
+    FRESH, Proxy(5), Proxy(10), Proxy(20), Proxy(5, 0.5),
+    Proxy(1, 0.8, 16), Proxy(1, 0.9, 32), Proxy(2, 0.8, 16), Proxy(2, 0.7, 8), Proxy(5, 0.5, 4),
+)  # fmt: skip
 SPREADS = ((16, 4), (32, 4), (64, 8))  # (part, pieces)
 LONG, SHORT = (1, 2, 4, 8, 12, 16, 32), (4, 8, 12, 16, 32)
 FACTORS = (
@@ -120,14 +123,17 @@ class Probe:
     def scores(self, step: int, state: TrainState, rows: Batch, proxy: Batch) -> dict[Scorer, np.ndarray]:
         """float64[N] by scorer, at a step counted from 0."""
         with jax.set_mesh(self._parts.mesh):
-            fresh = self._fresh(state.params, proxy)
-            for known in PROXIES:
-                if step % known.period == 0:
-                    old = self._gradients.get(known, fresh)
-                    self._gradients[known] = self._renewed(old, fresh, step // known.period, ema=known.ema)
+            due = [known for known in PROXIES if step % known.period == 0]
+            tokens = proxy["tokens"].shape[1]
+            fresh = {
+                part: self._fresh(state.params, window(proxy, tokens // part)) for part in {known.part for known in due}
+            }
+            for known in due:
+                old = self._gradients.get(known, fresh[known.part])
+                self._gradients[known] = self._renewed(old, fresh[known.part], step // known.period, ema=known.ema)
             found = self._all(state, tuple(self._gradients[known] for known in PROXIES), rows)
             if step % self._length.factors_every == 0:
-                found |= self._factors(state, fresh, rows)
+                found |= self._factors(state, fresh[1], rows)
         return {scorer: np.asarray(x, np.float64) for scorer, x in found.items()}
 
     def _fresh_gradient(self, params: Any, proxy: Batch) -> Any:

@@ -55,7 +55,8 @@ def step_costs(spec: ModelSpec, config: Config) -> StepCosts:
     settings, directed = config.selection, is_directed(config)
     scored_row = _scored_row(spec, config)
     direction = _direction_flops(spec, config) + _factor_flops(spec, config) if settings.method == "opus" else 0
-    proxy = 3 * row * config.proxy.rows if directed else 0
+    of_proxy = forward_flops(spec, config.proxy.window or config.corpus.row_tokens)
+    proxy = 3 * of_proxy * config.proxy.rows if directed else 0
     left = weight_products(spec, config.corpus.row_tokens, "all")  # of the update, with factors at hand
     return StepCosts(
         update=3 * row * config.batch.rows,

@@ -16,7 +16,8 @@ from opus_jax.training.overhead_points import POINTS, Point
 
 LEFT_ALONE = {
     "selection.window": None, "selection.window_place": "prefix", "selection.derivative": "jvp",
-    "selection.parameters": "all", "selection.select_every": 1, "proxy.refresh": 1,
+    "selection.parameters": "all", "selection.select_every": 1, "proxy.refresh": 1, "proxy.window": None,
+    "proxy.ema": 0.0,
 }  # fmt: skip
 """The keys that a budget decides, and their defaults."""
 
@@ -87,16 +88,21 @@ def describe(spec: ModelSpec, config: Config) -> dict[str, Any]:
 
 
 def _fitted(config: Config, point: Point) -> Config:
-    window = None if point.part == 1 else max(config.corpus.row_tokens // point.part, 2)
     selection = replace(
         config.selection,
-        window=window,
+        window=_first(config, point.part),
         window_place="prefix",
         derivative=point.derivative,
         parameters=point.parameters,
         select_every=point.select_every,
     )
-    return replace(config, selection=selection, proxy=replace(config.proxy, refresh=point.refresh))
+    proxy = replace(config.proxy, refresh=point.refresh, window=_first(config, point.proxy_part), ema=point.ema)
+    return replace(config, selection=selection, proxy=proxy)
+
+
+def _first(config: Config, part: int) -> int | None:
+    """Tokens of a window that is this part of a row; None = the whole row."""
+    return None if part == 1 else max(config.corpus.row_tokens // part, 2)
 
 
 def _refuse_decided(config: Config, best: Pick) -> None:

@@ -14,6 +14,8 @@ class Point:
       part: the window is the first row_tokens / part tokens of a row.
       derivative, parameters, select_every: as in `selection`.
       refresh: `proxy.refresh`, in scorings.
+      proxy_part: `proxy.window` is the first row_tokens / proxy_part tokens of a row.
+      ema: `proxy.ema`.
       alone: rank agreement with exact scores of whole rows, mean over all steps; 0 at steps without scores.
       with_feedback: the same where the groups' estimates stand in at those steps.
     """
@@ -23,6 +25,8 @@ class Point:
     parameters: str
     select_every: int
     refresh: int
+    proxy_part: int
+    ema: float
     alone: float
     with_feedback: float
 
@@ -31,25 +35,25 @@ class Point:
 
 
 POINTS = (
-    Point(16, "difference", "all", 20, 1, 0.05, 0.33),
-    Point(12, "difference", "all", 20, 1, 0.051, 0.364),
-    Point(16, "difference", "all", 10, 2, 0.082, 0.45),
-    Point(12, "difference", "all", 10, 2, 0.084, 0.476),
-    Point(16, "difference", "all", 5, 4, 0.149, 0.481),
-    Point(16, "difference", "all", 4, 5, 0.178, 0.515),
-    Point(12, "difference", "all", 5, 4, 0.157, 0.517),
-    Point(12, "difference", "all", 4, 5, 0.189, 0.574),
-    Point(16, "difference", "all", 2, 10, 0.361, 0.633),
-    Point(12, "difference", "all", 2, 10, 0.378, 0.667),
-    Point(12, "difference", "all", 2, 5, 0.39, 0.677),
-    Point(16, "difference", "all", 1, 20, 0.695, 0.695),
-    Point(16, "difference", "all", 1, 10, 0.748, 0.748),
-    Point(12, "difference", "all", 1, 10, 0.775, 0.775),
-    Point(16, "difference", "all", 1, 5, 0.785, 0.785),
-    Point(12, "difference", "all", 1, 5, 0.809, 0.809),
-    Point(8, "difference", "all", 1, 5, 0.839, 0.839),
-    Point(4, "difference", "all", 1, 5, 0.873, 0.873),
-    Point(4, "difference", "all", 1, 1, 0.907, 0.907),
-    Point(2, "jvp", "all", 1, 1, 0.954, 0.954),
-    Point(1, "difference", "all", 1, 1, 1.0, 1.0),
+    Point(16, "difference", "all", 20, 1, 1, 0.0, 0.05, 0.33),
+    Point(12, "difference", "all", 20, 1, 1, 0.0, 0.051, 0.364),
+    Point(16, "difference", "all", 10, 2, 1, 0.0, 0.082, 0.45),
+    Point(12, "difference", "all", 10, 2, 1, 0.0, 0.084, 0.476),
+    Point(16, "difference", "all", 5, 4, 1, 0.0, 0.149, 0.481),
+    Point(16, "difference", "all", 4, 5, 1, 0.0, 0.178, 0.515),
+    Point(12, "difference", "all", 5, 4, 1, 0.0, 0.157, 0.517),
+    Point(12, "difference", "all", 4, 5, 1, 0.0, 0.189, 0.574),
+    Point(16, "difference", "all", 2, 10, 1, 0.0, 0.361, 0.633),
+    Point(12, "difference", "all", 2, 10, 1, 0.0, 0.378, 0.667),
+    Point(12, "difference", "all", 2, 5, 1, 0.0, 0.39, 0.677),
+    Point(16, "difference", "all", 1, 20, 1, 0.0, 0.695, 0.695),
+    Point(16, "difference", "all", 1, 10, 1, 0.0, 0.748, 0.748),
+    Point(12, "difference", "all", 1, 10, 1, 0.0, 0.775, 0.775),
+    Point(16, "difference", "all", 1, 5, 1, 0.0, 0.785, 0.785),
+    Point(12, "difference", "all", 1, 5, 1, 0.0, 0.809, 0.809),
+    Point(8, "difference", "all", 1, 5, 1, 0.0, 0.839, 0.839),
+    Point(4, "difference", "all", 1, 5, 1, 0.0, 0.873, 0.873),
+    Point(4, "difference", "all", 1, 1, 1, 0.0, 0.907, 0.907),
+    Point(2, "jvp", "all", 1, 1, 1, 0.0, 0.954, 0.954),
+    Point(1, "difference", "all", 1, 1, 1, 0.0, 1.0, 1.0),
 )

@@ -116,7 +116,8 @@ class Chooser:
         config, state = self.config, self.state
         scored = (state.step - config.selection.warm_start_steps) // config.selection.select_every
         assert self.proxy is not None, f"method {config.selection.method} needs proxy rows"
-        fresh = partial(mean_gradient, self.spec, state.params, self.proxy, config.batch.microbatch)
+        rows = window(self.proxy, config.proxy.window)
+        fresh = partial(mean_gradient, self.spec, state.params, rows, config.batch.microbatch)
         return update_proxy_gradient(
             state.proxy_gradient, scored, lambda: fresh()[0], refresh=config.proxy.refresh, ema=config.proxy.ema
         )
@@ -297,7 +298,8 @@ class Chooser:
             return state.reference_gradient
 
         def random() -> Gradient:
-            rows = take(self.candidates, jax.random.choice(key, self._rows, (self._k,), replace=False))
+            drawn = jnp.sort(jax.random.choice(key, self._rows, (self._k,), replace=False))
+            rows = take(self.candidates, drawn)
             return mean_gradient(self.spec, state.params, rows, self.config.batch.microbatch)[0]
 
         return jax.lax.cond(state.step == 0, random, lambda: state.reference_gradient)

@@ -37,7 +37,9 @@ def by_hand(point: Point) -> Config:
         "parameters": point.parameters,
         "select_every": point.select_every,
     }
-    return config(None, f"proxy.refresh={point.refresh}", **settings)
+    window = "null" if point.proxy_part == 1 else 1024 // point.proxy_part
+    proxy = (f"proxy.refresh={point.refresh}", f"proxy.window={window}", f"proxy.ema={point.ema}")
+    return config(None, *proxy, **settings)
 
 
 def decided(of: Config) -> dict[str, Any]:
@@ -69,14 +71,17 @@ def test_more_budget_never_ranks_worse() -> None:
 
 
 def test_points_are_all_different_and_one_is_exact() -> None:
-    settings = [(p.part, p.derivative, p.parameters, p.select_every, p.refresh) for p in POINTS]
+    settings = [(p.part, p.derivative, p.parameters, p.select_every, p.refresh, p.proxy_part, p.ema) for p in POINTS]
     assert len(set(settings)) == len(settings)
     assert max(p.alone for p in POINTS) == 1
     assert all(0 < p.alone <= p.with_feedback <= 1 for p in POINTS)
 
 
 def test_with_feedback_estimates_count_where_nothing_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
-    often, rarely = Point(16, "difference", "all", 1, 5, 0.5, 0.5), Point(1, "difference", "all", 20, 1, 0.05, 0.6)
+    often, rarely = (
+        Point(16, "difference", "all", 1, 5, 1, 0.0, 0.5, 0.5),
+        Point(1, "difference", "all", 20, 1, 1, 0.0, 0.05, 0.6),
+    )
     monkeypatch.setattr(overhead_budget, "POINTS", (often, rarely))
     assert pick(SPEC, config(1.0)).point == often
     assert pick(SPEC, config(1.0, "feedback.enabled=true")).point == rarely
@@ -102,7 +107,7 @@ def test_what_was_picked_is_left_as_it_is() -> None:
     "override",
     [
         "selection.window=100", "selection.window_place=random", "selection.parameters=blocks",
-        "selection.select_every=3", "proxy.refresh=7",
+        "selection.select_every=3", "proxy.refresh=7", "proxy.window=9", "proxy.ema=0.5",
     ],
 )  # fmt: skip
 def test_keys_that_the_budget_decides_are_not_set_by_hand(override: str) -> None:
