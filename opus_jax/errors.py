@@ -1,4 +1,4 @@
-"""What ends a command early: the mistakes of a user, and the two ways in which a run stops by itself."""
+"""What ends a command early: the mistakes of a user, and the ways in which a run stops by itself."""
 
 
 class UserError(Exception):
@@ -24,8 +24,20 @@ class MissingExtraError(UserError):
 
 
 class InterruptedRunError(Exception):
-    """The run was asked to stop, and stopped after a clean save."""
+    """The run was asked to stop by hand, and stopped after a clean save."""
+
+
+class PreemptedRunError(InterruptedRunError):
+    """The machine is being taken away (SIGTERM): the run stopped after a clean save, and may be started again."""
 
 
 class NonFiniteLossError(RuntimeError):
     """The training loss became infinite or not a number; the checkpoints before that are intact."""
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the run has gone: all of them have to be started again."""
+
+
+class JoinError(RuntimeError):
+    """The processes of a run did not come together; trying again may help."""
