@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from opus_jax.distributed.axes import constrain
 from opus_jax.influence.chunks import map_chunks
 from opus_jax.influence.per_example import LossFn, per_example_gradients
 
@@ -54,6 +55,16 @@ def alignment_and_gram(
     gradients, displacements = map_chunks(displaced, batch, chunk)
     alignment = inner_products(displacements, jax.tree.map(lambda g: g[None], proxy_gradient))[:, 0]
     return alignment, inner_products(displacements, displacements if both_sides else gradients)
+
+
+def gram_of_sketches(sketches: Float[Array, "N S M"]) -> Float[Array, "N N"]:
+    """Inner products of all pairs of rows, the same on every device.
+
+    Each device sums over a share of the numbers of all rows: it sends and receives no more than the sketches of the
+    rows that it holds, and the sums.
+    """
+    numbers = constrain(sketches.reshape(sketches.shape[0], -1), ("candidate", "sketch_numbers"))
+    return constrain(inner_products(numbers, numbers), ("candidate", "candidate"))
 
 
 def inner_products(left: PyTree[Array], right: PyTree[Array]) -> Float[Array, "N K"]:

@@ -3,14 +3,12 @@
 The originals divide by a norm; its derivative at zero is infinite, and one such leaf turns a whole direction into NaN.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, PyTree
-from optax import contrib
+from jaxtyping import Array, Float, PyTree
 
 TINY = 1e-30  # squared norm below which a matrix counts as zero
 FLOOR = 1e-5  # floor under a second moment, as a share of the mean of all
@@ -55,38 +53,5 @@ def second_moment_floor(nu: PyTree[Float[Array, "..."]]) -> Float[Array, ""]:
     """FLOOR times the mean of all second moments; a constant to the derivative."""
     leaves = jax.tree.leaves(nu)
     total = sum((jnp.sum(v) for v in leaves), jnp.zeros(()))
-    return jax.lax.stop_gradient(FLOOR * total / max(sum(v.size for v in leaves), 1) + TINY)
-
-
-def scale_by_muon_guarded(
-    *, beta: float, mu_dtype: Any, weight_dimension_numbers: Callable[[PyTree[Any]], PyTree[Any]]
-) -> optax.GradientTransformation:
-    """`optax.contrib.scale_by_muon` (Nesterov) whose derivative at a zero matrix is zero.
-
-    Newton-Schulz is scale-invariant: at zero its derivative is unbounded in every direction, so no finite value there
-    says anything about a finite gradient. Matrices are [L, in, out].
-    """
-    original = contrib.scale_by_muon(beta=beta, mu_dtype=mu_dtype, weight_dimension_numbers=weight_dimension_numbers)
-    # Without momentum the original only orthogonalises what it is given.
-    orthogonalize = contrib.scale_by_muon(
-        beta=0.0, nesterov=False, mu_dtype=mu_dtype, weight_dimension_numbers=weight_dimension_numbers
-    )
-
-    def update(
-        updates: optax.Updates, state: contrib.MuonState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, contrib.MuonState]:
-        count, mu = state.count + 1, optax.tree.update_moment(updates, state.mu, beta, 1)
-        ahead = optax.tree.bias_correction(mu, beta, count + 1)
-        fresh = optax.tree.bias_correction(updates, beta, count)
-        momentum = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, fresh)
-        zero = jax.tree.map(_is_zero, momentum)
-        safe = jax.tree.map(lambda m, z: jnp.where(z, 1.0, m), momentum, zero)
-        steps, _ = orthogonalize.update(safe, state, params)
-        steps = jax.tree.map(lambda o, z: jnp.where(z, 0.0, o), steps, zero)
-        return steps, contrib.MuonState(count, optax.tree.cast(mu, mu_dtype), state.ns_coeffs)
-
-    return optax.GradientTransformation(original.init, update)
-
-
-def _is_zero(matrices: Float[Array, "L rows columns"]) -> Bool[Array, "L 1 1"]:
-    return jnp.sum(jnp.square(matrices), axis=(-2, -1), keepdims=True) <= TINY
+    count = float(max(sum(v.size for v in leaves), 1))  # beyond int32 in models of billions of parameters
+    return jax.lax.stop_gradient(FLOOR * total / count + TINY)

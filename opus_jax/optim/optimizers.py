@@ -4,20 +4,22 @@ The twin has the same state as the optimizer that trains, so it can be applied t
 only where the derivative of the real update does not exist or says nothing: see `Optimizer`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
-from optax import contrib
 
 from opus_jax.config import OptimizerConfig
+from opus_jax.distributed.axes import LogicalAxes
 from opus_jax.errors import ConfigError, UserError
-from opus_jax.optim.guarded import clip_by_global_norm_guarded, scale_by_adam_guarded, scale_by_muon_guarded
+from opus_jax.optim.guarded import clip_by_global_norm_guarded, scale_by_adam_guarded
 from opus_jax.optim.labels import decay_mask, group_labels
+from opus_jax.optim.muon import Path, scale_by_muon
 from opus_jax.optim.schedules import peak_share
 
 MUON_RMS = 0.2  # Muon's update has this root mean square times the rate, as AdamW's does (arXiv 2502.16982)
@@ -46,7 +48,9 @@ class Optimizer:
 AnyOptimizer = Optimizer | optax.GradientTransformation | optax.MultiSteps
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, params_like: PyTree[Any]) -> Optimizer:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, params_like: PyTree[Any], logical_axes: PyTree[Any] = None
+) -> Optimizer:
     """Build the configured optimizer.
 
     Args:
@@ -54,6 +58,8 @@ def make_optimizer(config: OptimizerConfig, steps: int, params_like: PyTree[Any]
       steps: updates in the whole run.
       params_like: parameters, or their shapes and types. Muon takes the leaves called 'kernel' of rank 3 under
         'blocks', [L, in, out], each layer by itself; everything else is AdamW's.
+      logical_axes: tree like the parameters, with a tuple of names in place of each leaf; with it Muon works on whole
+        matrices on any mesh (see `dealt.py`).
 
     Raises:
       ConfigError: `name` is unknown, or Muon finds no stacked block matrix.
@@ -63,7 +69,8 @@ def make_optimizer(config: OptimizerConfig, steps: int, params_like: PyTree[Any]
     if config.name == "muon" and "muon" not in jax.tree.leaves(group_labels(params_like)):
         raise ConfigError("optimizer.name", "muon", "needs stacked kernels [L, in, out] under 'blocks'; use adamw")
     rates, unit_rates = _rates(config, steps), _rates(config, steps, unit_where_zero=True)
-    core = {"adamw": _adamw, "muon": _muon}
+    axes = {} if logical_axes is None else axes_by_path(params_like, logical_axes)
+    core: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": _adamw, "muon": partial(_muon, axes=axes)}
     if config.name not in core:
         raise ConfigError("optimizer.name", config.name, f"must be one of {', '.join(core)}")
     clip = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
@@ -90,10 +97,8 @@ def opt_state_logical_axes(optimizer: AnyOptimizer, params_like: PyTree[Any], lo
     Returns:
       Tree with the structure of the optimizer state and tuples as leaves.
     """
-    shapes = jax.tree_util.tree_flatten_with_path(params_like)[0]
-    structure: Any = jax.tree.structure(params_like)
-    axes = structure.flatten_up_to(logical_axes)
-    owner = {path: (x.shape, names) for (path, x), names in zip(shapes, axes, strict=True)}
+    names_at = axes_by_path(params_like, logical_axes)
+    owner = {path: (x.shape, names_at[path]) for path, x in jax.tree_util.tree_leaves_with_path(params_like)}
 
     def axes_of(path: tuple[Any, ...], leaf: Any) -> tuple[Any, ...]:
         for start in range(len(path) + 1):  # the longest suffix that is a parameter's path
@@ -104,6 +109,13 @@ def opt_state_logical_axes(optimizer: AnyOptimizer, params_like: PyTree[Any], lo
 
     init = optimizer.transform.init if isinstance(optimizer, Optimizer) else optimizer.init  # type: ignore[attr-defined]
     return jax.tree_util.tree_map_with_path(axes_of, jax.eval_shape(init, params_like))
+
+
+def axes_by_path(params_like: PyTree[Any], logical_axes: PyTree[Any]) -> dict[Path, LogicalAxes]:
+    """The tuple of names in place of every leaf, by the leaf's path."""
+    structure: Any = jax.tree.structure(params_like)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params_like)]
+    return dict(zip(paths, structure.flatten_up_to(logical_axes), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ parts
@@ -118,25 +130,21 @@ def _adamw(config: OptimizerConfig, rates: Mapping[str, optax.Schedule], *, twin
     )
 
 
-def _muon(config: OptimizerConfig, rates: Mapping[str, optax.Schedule], *, twin: bool) -> optax.GradientTransformation:
+def _muon(
+    config: OptimizerConfig, rates: Mapping[str, optax.Schedule], *, twin: bool, axes: Mapping[Path, LogicalAxes]
+) -> optax.GradientTransformation:
     """Muon on the stacked block matrices, plain AdamW on the rest.
 
     Composed here rather than by `optax.contrib.muon`, whose Adam half inherits Nesterov's flag (NAdam), b2 = 0.999 and
     a decay without a mask.
     """
-    scale = scale_by_muon_guarded if twin else contrib.scale_by_muon
     block_matrices = optax.chain(
-        scale(beta=config.momentum, mu_dtype=jnp.float32, weight_dimension_numbers=layer_matrices),
+        scale_by_muon(beta=config.momentum, mu_dtype=jnp.float32, axes=axes, guarded=twin),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u: muon_scale(u.shape) * u, updates)),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(rates["muon"]),
     )
     return optax.partition({"muon": block_matrices, "adam": _adamw(config, rates, twin=twin)}, group_labels)
-
-
-def layer_matrices(kernels: PyTree[Any]) -> PyTree[contrib.MuonDimensionNumbers]:
-    """[L, in, out]: axis 1 is reduced, axis 2 is the output, and every layer is a matrix of its own."""
-    return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(1, 2), kernels)
 
 
 def muon_scale(shape: tuple[int, ...]) -> float:

@@ -17,7 +17,7 @@ from opus_jax.config import SelectionConfig
 from opus_jax.distributed.axes import RULES
 from opus_jax.influence.chunks import map_chunks
 from opus_jax.influence.ghost.scores import Axes, Pairing, Recording, Scores, Sketching, scores
-from opus_jax.influence.gram import inner_products
+from opus_jax.influence.gram import gram_of_sketches, inner_products
 from opus_jax.influence.per_example import along, per_example_gradients
 from opus_jax.influence.sketch import CountSketch, Sketch, make_sketch, sketch_tree
 from opus_jax.models import transformer
@@ -140,7 +140,7 @@ class InnerProducts:
         return roots(self.frozen())
 
     def _with_gram(self, found: Scores) -> Scores:
-        return replace(found, gram=inner_products(found.sketches, found.sketches))
+        return replace(found, gram=gram_of_sketches(found.sketches))
 
 
 def activation_axes(spec: ModelSpec) -> tuple[tuple[str, Axes], ...]:

@@ -8,9 +8,10 @@ import pytest
 
 from opus_jax.config import MeshConfig, SelectionConfig
 from opus_jax.distributed.axes import sharding
+from opus_jax.distributed.hlo import collectives
 from opus_jax.distributed.mesh import make_mesh
 from opus_jax.errors import UserError
-from opus_jax.influence.gram import alignment_and_gram
+from opus_jax.influence.gram import alignment_and_gram, gram_of_sketches
 from opus_jax.influence.per_example import per_example_gradients
 from opus_jax.optim.matrix_preconditioner import Diagonal, OutputSide, apply_tree, identities
 from opus_jax.optim.preconditioner import direction
@@ -141,3 +142,16 @@ def test_sharded_rows_give_the_same(mlp):
 def test_chunk_must_divide(mlp):
     with pytest.raises(UserError, match="does not divide"):
         sketched(mlp, lambda g: g, m=8, chunk=3)
+
+
+def test_the_gram_matrix_of_sketches_is_summed_in_shares():
+    """No device is sent all sketches: its share of everyone's numbers, and the sums of the others."""
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    sketches = jax.random.normal(jax.random.key(0), (16, 3, 64))
+    split = jax.device_put(sketches, sharding(mesh, ("batch", None, None), sketches.shape))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(gram_of_sketches).lower(split).compile()
+    flat = np.asarray(sketches).reshape(16, -1)
+    np.testing.assert_allclose(compiled(split), flat @ flat.T, rtol=1e-4, atol=1e-4)
+    found = {x.kind: x.moved for x in collectives(compiled.as_text(), mesh)}
+    assert found == {"all-to-all": 2 * 3 * 64 * 4, "all-reduce": 16 * 16 * 4}

@@ -9,10 +9,9 @@ from opus_jax.optim.guarded import (
     FLOOR,
     clip_by_global_norm_guarded,
     scale_by_adam_guarded,
-    scale_by_muon_guarded,
     second_moment_floor,
 )
-from opus_jax.optim.optimizers import layer_matrices
+from opus_jax.optim.muon import layer_matrices, scale_by_muon
 
 KERNEL = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 6)), jnp.float32)
 
@@ -66,9 +65,15 @@ def test_the_floor_is_a_constant_share_of_the_mean():
     assert 0 < float(second_moment_floor({"a": optax.MaskedNode()})) < 1e-20
 
 
-def test_muon_is_optax_muon_and_its_derivative_away_from_zero():
-    settings = {"beta": 0.9, "mu_dtype": jnp.float32, "weight_dimension_numbers": layer_matrices}
-    ours, real = scale_by_muon_guarded(**settings), contrib.scale_by_muon(**settings)
+def muon_pair(guarded):
+    settings = {"beta": 0.9, "mu_dtype": jnp.float32}
+    real = contrib.scale_by_muon(**settings, weight_dimension_numbers=layer_matrices)
+    return scale_by_muon(**settings, axes={}, guarded=guarded), real
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_muon_is_optax_muon_and_its_derivative_away_from_zero(guarded):
+    ours, real = muon_pair(guarded)
     _, state = real.update(KERNEL, real.init(KERNEL))
     gradient = jnp.sin(KERNEL)
     results = [jax.jit(t.update)(gradient, state) for t in (ours, real)]
@@ -79,9 +84,8 @@ def test_muon_is_optax_muon_and_its_derivative_away_from_zero():
 
 
 def test_one_dead_layer_neither_spoils_nor_dominates():
-    settings = {"beta": 0.9, "mu_dtype": jnp.float32, "weight_dimension_numbers": layer_matrices}
     dead = KERNEL.at[1].set(0)
-    real, ours = contrib.scale_by_muon(**settings), scale_by_muon_guarded(**settings)
+    ours, real = muon_pair(guarded=True)
     assert np.any(np.isnan(pull(real, real.init(dead), dead, KERNEL)))
     v = pull(ours, ours.init(dead), dead, KERNEL)
     assert np.all(np.isfinite(v))
