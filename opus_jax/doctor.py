@@ -149,6 +149,8 @@ def _devices() -> Finding:
     except RuntimeError as error:
         return Finding("devices", "none", f"JAX finds no device: {str(error).splitlines()[0]}")
     found = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+    if devices[0].platform == "gpu":
+        return Finding("devices", f"{found}, XLA_FLAGS = {os.environ.get('XLA_FLAGS', '')}")
     if devices[0].platform != "cpu":
         return Finding("devices", found)
     if tpu_devices():

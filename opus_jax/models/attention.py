@@ -29,8 +29,17 @@ def attend(
     keys: Float[Array, "N T G d"],
     values: Float[Array, "N T G d"],
     mask: Bool[Array, "N T T"],
+    implementation: str = "xla",
 ) -> Float[Array, "N T H d"]:
-    """softmax(q k^T / sqrt(d)) v, each of the G key heads serving H / G query heads; softmax in float32 or wider."""
+    """softmax(q k^T / sqrt(d)) v, each of the G key heads serving H / G query heads; softmax in float32 or wider.
+
+    Args:
+      mask: where a query may look, of packed rows within the segment; both implementations take it as it is.
+      implementation: 'xla', or 'cudnn', which keeps no [T, T] of every head, but has no forward-mode rule and takes
+        even T only: of an odd T, as in text that is being generated, the product is XLA's.
+    """
+    if implementation == "cudnn" and queries.shape[1] % 2 == 0:
+        return jax.nn.dot_product_attention(queries, keys, values, mask=mask[:, None], implementation="cudnn")
     rows, length, heads, width = queries.shape
     groups = keys.shape[2]
     queries = queries.reshape(rows, length, groups, heads // groups, width)
@@ -45,6 +54,7 @@ class Attention(nnx.Module):
 
     def __init__(self, spec: ModelSpec, rngs: nnx.Rngs, depth: Float[Array, ""]):
         self.heads, self.kv_heads, self.head_dim = spec.heads, spec.kv_heads, spec.head_dim
+        self.implementation = spec.attention
         width, inner, kv_inner = spec.width, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         std, per_head = input_std(spec, width), spec.qk_norm_axis == "head"
         q_groups, k_groups = (spec.heads, spec.kv_heads) if per_head else (1, 1)
@@ -63,7 +73,7 @@ class Attention(nnx.Module):
         values = self._split(self.value(x), self.kv_heads, "kv_heads")
         if turns is not None:
             queries, keys = rotate(queries, turns), rotate(keys, turns)
-        mixed = attend(queries, keys, values, mask)
+        mixed = attend(queries, keys, values, mask, self.implementation)
         return self.output(mixed.reshape(*x.shape[:2], self.heads * self.head_dim))
 
     def _split(self, x: Float[Array, "N T E"], heads: int, logical: str) -> Float[Array, "N T H d"]:

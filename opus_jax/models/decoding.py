@@ -78,14 +78,14 @@ def generate_tokens(
     for length in range(len(prompt_ids), len(prompt_ids) + max_new_tokens):
         if length >= row.shape[1]:
             row = jnp.pad(row, ((0, 0), (0, _row_length(spec, length + 1) - row.shape[1])))
-        row, token = _extend(spec, sampling, params, row, jnp.int32(length), key)
+        row, token = extend(spec, sampling, params, row, jnp.int32(length), key)
         if int(token) == eos_id:
             return
         yield int(token)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _extend(
+def extend(
     spec: ModelSpec,
     sampling: Sampling,
     params: Params,

@@ -32,6 +32,7 @@ class ModelSpec:
     bias: bool = False  # of linear maps and LayerNorms; the head never has one
     init: str = "fan_in"  # fan_in | official
     remat: str = "none"  # none | full | dots
+    attention: str = "xla"  # xla | cudnn: forward mode passes the first alone
     dtype: str = "float32"  # of activations and products; parameters are float32
 
     @property
@@ -91,6 +92,8 @@ PRESETS: dict[str, ModelSpec] = {
 
 DEFAULT_PRESET = "quickstart"
 
+CUDNN_HEAD_DIM = 128  # the widest head that every GPU's fused attention takes, backward pass included
+
 
 def resolve(config: ModelConfig, vocab_size: int, row_tokens: int) -> ModelSpec:
     """The preset, then the keys that are set, then what follows from both.
@@ -104,7 +107,8 @@ def resolve(config: ModelConfig, vocab_size: int, row_tokens: int) -> ModelSpec:
       row_tokens: T, tokens in a row.
 
     Raises:
-      ConfigError: the preset is unknown, or the shapes do not fit each other, the tokenizer or the rows.
+      ConfigError: the preset is unknown, or the shapes do not fit each other, the tokenizer or the rows; or cuDNN's
+        attention is asked for and cannot be had.
     """
     name = config.preset or DEFAULT_PRESET
     if name not in PRESETS:
@@ -116,6 +120,7 @@ def resolve(config: ModelConfig, vocab_size: int, row_tokens: int) -> ModelSpec:
     if preset.positions != "learned":
         derived["max_length"] = row_tokens
     spec = replace(preset, **(derived | given))
+    spec = replace(spec, attention=_attention(config.attention, spec, row_tokens))
     _check_heads(spec, head_dim_is_free=config.head_dim is not None or not _splits_width(preset))
     _check_fit(spec, vocab_size, row_tokens)
     return spec
@@ -140,6 +145,29 @@ def _splits_width(spec: ModelSpec) -> bool:
 
 def _compute_type() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _attention(asked: str, spec: ModelSpec, row_tokens: int) -> str:
+    """Which attention trains; auto = cuDNN's wherever it can be had."""
+    if asked == "xla":
+        return asked
+    lacking = _lacking_for_cudnn(spec, row_tokens)
+    if asked == "cudnn" and lacking:
+        raise ConfigError("model.attention", asked, f"{lacking}; or set model.attention=xla")
+    return "xla" if lacking else "cudnn"
+
+
+def _lacking_for_cudnn(spec: ModelSpec, row_tokens: int) -> str:
+    """What stands in the way of cuDNN's attention with a mask of segments; empty = nothing."""
+    if jax.default_backend() != "gpu":
+        return f"is for NVIDIA GPUs, and JAX runs on {jax.default_backend()} here"
+    if spec.dtype != "bfloat16":
+        return f"needs model.dtype=bfloat16, not {spec.dtype}"
+    if spec.head_dim % 8 or spec.head_dim > CUDNN_HEAD_DIM:
+        return f"needs heads of a multiple of 8 and at most {CUDNN_HEAD_DIM} channels, not {spec.head_dim}"
+    if row_tokens % 2:
+        return f"needs rows of an even number of tokens, not corpus.row_tokens={row_tokens}"
+    return ""
 
 
 def _check_heads(spec: ModelSpec, head_dim_is_free: bool) -> None:
