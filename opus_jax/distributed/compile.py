@@ -1,55 +1,134 @@
-"""`opus-jax compile`: what the training step needs on a TPU slice that is not there.
+"""`opus-jax compile`: what the steps of a configuration need on TPU slices that are not there.
 
 libtpu compiles for a slice that is only named, but it must be told so before JAX starts, so the work is done in a
-child process: `opus_jax.training.lower_step` lowers the step, `measure` compiles it.
+child process: `opus_jax.training.lower_step` lowers the steps, `measure` compiles them.
 """
 
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
-import time
-from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from opus_jax.config import Config
-from opus_jax.distributed.topology import Topology, compiler_environment, parse_topology
+from opus_jax.config import Config, from_mapping
+from opus_jax.distributed.compile_report import describe, largest_buffers
+from opus_jax.distributed.topology import GIB, Topology, compiler_environment, parse_topology
 from opus_jax.errors import MissingExtraError, UserError
 
-GIB = 2**30
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+STEPS = ("train", "plain", "score", "decode")
 _CHILD = "opus_jax.training.lower_step"
 _ERROR_LINES = 20  # of the child's standard error, shown when it fails
 
+Figures = dict[str, Any]
 
-def compile_for(config: Config, topology: str, *, json_file: Path | None = None) -> dict[str, Any]:
-    """Compile the training step of a configuration for an absent slice, print what it needs, and return the figures.
+
+def compile_for(
+    config: Config,
+    topology: str,
+    *,
+    slices: int = 1,
+    steps: Sequence[str] = (),
+    json_file: Path | None = None,
+    suggest: bool = False,
+) -> Figures:
+    """Compile the steps of a configuration for absent slices, print what they need, and return the figures.
 
     Args:
-      topology: for example "v5p:2x2x4" (see `opus_jax.distributed.topology`).
+      topology: of one slice, for example "v5p:2x2x4" (see `opus_jax.distributed.topology`).
+      slices: equal slices, connected by the data centre network; `mesh.replica` must be a multiple of them.
+      steps: of STEPS; none = all that the configuration has. `train` chooses its rows, `plain` trains on all it gets.
       json_file: also write the figures there.
+      suggest: where a step does not fit, compile it with changes that need less memory until one fits.
 
     Raises:
-      UserError: the slice does not exist, or the step does not fit it or its memory.
+      UserError: the slice does not exist, or the steps do not fit it or its memory.
       MissingExtraError: libtpu is not installed.
     """
-    slice_ = parse_topology(topology)
+    target = parse_topology(topology, slices)
+    if unknown := [step for step in steps if step not in STEPS]:
+        raise UserError(f"--steps {','.join(unknown)}: must be among {','.join(STEPS)}")
     if importlib.util.find_spec("libtpu") is None:
         raise MissingExtraError("opus-jax compile", "libtpu (Linux x86-64)", "tpu")
-    figures = compile_in_child({"config": config.to_mapping(), "topology": slice_.name}, slice_)
+    figures = figures_for(config, target, steps)
+    if suggest and not figures["fits"]:
+        figures["fitting_changes"] = fitting_changes(config, target, unfit_steps(figures))
     if json_file is not None:
         Path(json_file).write_text(json.dumps(figures, indent=2) + "\n")
+    if any(step["fits"] for step in figures["steps"].values()):
+        print(describe(figures))
     if not figures["fits"]:
-        advice = "lower batch.microbatch or selection.score_chunk, raise mesh.fsdp, or take a larger slice"
-        raise UserError(f"the step does not fit {slice_.name}: {figures['reason']}; {advice}")
-    print(describe(figures))
+        raise UserError(f"{_does_not_fit(figures, target)}; {_advice(figures, suggest)}")
     return figures
 
 
-def compile_in_child(request: dict[str, Any], topology: Topology) -> dict[str, Any]:
+def figures_for(config: Config, target: Topology, steps: Sequence[str] = ()) -> Figures:
+    """The figures of steps by name, those of the slice, and selection's share (see `selection_share`)."""
+    request = {"config": config.to_mapping(), "topology": target.slice_name, "slices": target.slices}
+    answered = compile_in_child(request | {"steps": list(steps)}, target)
+    figures: Figures = {
+        "topology": target.name,
+        "slices": target.slices,
+        "chips": target.chips,
+        "devices": target.devices,
+        "devices_per_chip": target.generation.devices_per_chip,
+        "hbm_bytes": int(target.generation.hbm_gib * GIB),
+    }
+    figures |= answered | {"fits": all(step["fits"] for step in answered["steps"].values())}
+    return figures | {"selection_share": selection_share(answered["steps"])}
+
+
+def selection_share(steps: dict[str, Figures]) -> dict[str, float]:
+    """What choosing adds to a step, as a share of the step that chooses; empty unless both were compiled and fit.
+
+    All that the choosing step has more than a plain one counts: proxy gradient, direction, scoring and the choice.
+    """
+    train, plain = steps.get("train"), steps.get("plain")
+    if not (train and plain and train["fits"] and plain["fits"]):
+        return {}
+    keys = ("flops", "moved_bytes", "collective_bytes", "peak_bytes")
+    pairs = {key: (train[key], plain[key]) for key in keys}
+    pairs |= {f"seconds_{key}": (train["seconds"][key], plain["seconds"][key]) for key in ("apart", "overlapped")}
+    return {key: 1 - without / whole for key, (whole, without) in pairs.items() if whole}
+
+
+def fitting_changes(config: Config, target: Topology, steps: Sequence[str]) -> list[str] | None:
+    """Overrides under which these steps fit, the fewest of `smaller` that do; None = none does."""
+    for changes in smaller(config, target.devices):
+        try:
+            if figures_for(from_mapping(config.to_mapping(), changes), target, steps)["fits"]:
+                return changes
+        except UserError:  # rows that the mesh does not divide, say: this change cannot be made here
+            continue
+    return None
+
+
+def smaller(config: Config, devices: int) -> Iterator[list[str]]:
+    """Overrides that need less and less memory: each step keeps those before it.
+
+    Recomputation costs a third more arithmetic, smaller chunks nothing while they fill the chip, parameters split
+    more ways more communication: they are tried in the order of what they save for what they cost.
+    """
+    mesh = config.mesh
+    shards = devices // mesh.tensor
+    changes: list[str] = []
+    if config.model.remat != "full":
+        yield list(changes := [*changes, "model.remat=full"])
+    if (config.batch.microbatch or config.batch.rows) > shards:
+        yield list(changes := [*changes, f"batch.microbatch={shards}"])
+    if config.selection.method != "none" and (config.selection.score_chunk or config.candidates) > shards:
+        yield list(changes := [*changes, f"selection.score_chunk={shards}"])
+    if mesh.fsdp < shards // mesh.replica:
+        yield [*changes, "mesh.data=1", f"mesh.fsdp={shards // mesh.replica}"]
+
+
+def unfit_steps(figures: Figures) -> list[str]:
+    return [name for name, step in figures["steps"].items() if not step["fits"]]
+
+
+def compile_in_child(request: dict[str, Any], topology: Topology) -> Figures:
     """Send one request to a fresh child process; any number of them may run at once."""
     child = subprocess.run(
         [sys.executable, "-m", _CHILD],
@@ -68,110 +147,17 @@ def compile_in_child(request: dict[str, Any], topology: Topology) -> dict[str, A
     return answer["figures"]
 
 
-def measure(lowered: Any, topology: Topology) -> dict[str, Any]:
-    """Compile a lowered function and read the compiler's figures, all of one device (bytes, FLOPs, seconds).
-
-    FLOPs, bytes moved and kernel calls are the compiler's counts, which take the body of a loop (layers, chunks) once;
-    of a kernel they are what its author states as its cost.
-    """
-    import jax
-
-    slice_: dict[str, Any] = {"topology": topology.name, "chips": topology.chips, "devices": topology.devices}
-    slice_ |= {
-        "hbm_bytes": int(topology.generation.hbm_gib * GIB),
-        "devices_per_chip": topology.generation.devices_per_chip,
-    }
-    begun = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return slice_ | {"fits": False, "reason": _first_sentence(str(error))}
-    figures = {"fits": True, "compile_seconds": time.perf_counter() - begun} | _memory(compiled)
-    cost, program = compiled.cost_analysis(), compiled.as_text()
-    counts = {"flops": int(cost["flops"]), "moved_bytes": int(cost["bytes accessed"])}
-    return slice_ | figures | counts | {"collectives": count_collectives(program), "kernels": kernel_calls(program)}
+def _does_not_fit(figures: Figures, target: Topology) -> str:
+    each = [f"{name} step: {figures['steps'][name]['reason']}" for name in unfit_steps(figures)]
+    names = largest_buffers(figures["steps"][unfit_steps(figures)[0]])
+    return f"does not fit {target.name}: {'; '.join(each)}; largest on a device: {names}"
 
 
-def count_collectives(program: str) -> dict[str, int]:
-    """Collective operations of each kind in a compiled program (HLO text); a start and its done count once."""
-    kinds = "|".join(COLLECTIVES)
-    return dict(Counter(re.findall(rf" ({kinds})(?:-start)?\(", program)))
-
-
-def kernel_calls(program: str) -> dict[str, dict[str, int]]:
-    """Pallas kernels of a compiled program (HLO text), by name: calls, and the FLOPs and bytes moved that they state.
-
-    A kernel without a cost estimate counts as a call of no cost, as it does in the compiler's own totals.
-    """
-    found: dict[str, dict[str, int]] = {}
-    for name, call in re.findall(
-        r"^ *(?:ROOT )?%([\w-]+)[.\w]* = (.*custom_call_target=\"tpu_custom_call\".*)$", program, re.M
-    ):
-        kernel = found.setdefault(name, {"calls": 0, "flops": 0, "bytes": 0})
-        kernel["calls"] += 1
-        for key, stated in (("flops", "flops"), ("bytes", "bytes_accessed")):
-            estimate = re.search(rf'"cost_estimate":{{[^}}]*"{stated}":"(\d+)"', call)
-            kernel[key] += int(estimate.group(1)) if estimate else 0
-    return found
-
-
-def describe(figures: dict[str, Any]) -> str:
-    """The figures as lines for a person."""
-    per_chip = figures["devices_per_chip"]
-    kinds = [f"{count} {kind}" for kind, count in sorted(figures["collectives"].items())]
-    share = figures["peak_bytes"] / figures["hbm_bytes"]
-    return "\n".join(
-        [
-            f"{figures['topology']}: chips {figures['chips']}, devices {figures['devices']}, "
-            f"compiled in {figures['compile_seconds']:.1f} s",
-            f"HBM per chip: {_size(figures['peak_bytes'] * per_chip)} of {_size(figures['hbm_bytes'] * per_chip)} "
-            f"at the peak ({share:.1%})",
-            *(f"  {name:<12}{_size(figures[f'{name}_bytes'] * per_chip)}" for name in _PARTS),
-            "per device, loop bodies counted once:",
-            f"  {'FLOPs':<12}{figures['flops']:.3g}",
-            f"  {'moved':<12}{_size(figures['moved_bytes'])}",
-            f"  {'collectives':<12}{', '.join(kinds) or 'none'}",
-            f"  {'kernels':<12}{_kernels(figures)}",
-        ]
-    )
-
-
-_PARTS = ("arguments", "outputs", "aliased", "temporaries", "program")
-
-
-def _kernels(figures: dict[str, Any]) -> str:
-    """For example: `count_sketch: 34 calls, 3.7 MiB moved (1.2%), 0.1% of the FLOPs`."""
-    each = [
-        f"{name}: {kernel['calls']} calls, {_size(kernel['bytes'])} moved "
-        f"({_share(kernel['bytes'], figures['moved_bytes'])}), {_share(kernel['flops'], figures['flops'])} of the FLOPs"
-        for name, kernel in sorted(figures["kernels"].items())
-    ]
-    return "; ".join(each) or "none"
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / max(whole, 1):.1%}"
-
-
-def _memory(compiled: Any) -> dict[str, int]:
-    stats = compiled.memory_analysis()
-    parts = {
-        "arguments_bytes": stats.argument_size_in_bytes,
-        "outputs_bytes": stats.output_size_in_bytes,
-        "aliased_bytes": stats.alias_size_in_bytes,  # outputs that take the place of donated arguments
-        "temporaries_bytes": stats.temp_size_in_bytes,
-        "program_bytes": stats.generated_code_size_in_bytes,
-    }
-    return parts | {"peak_bytes": sum(parts.values()) - 2 * parts["aliased_bytes"]}
-
-
-def _first_sentence(message: str) -> str:
-    """`RESOURCE_EXHAUSTED: ... Ran out of memory ... (15.75G). HLO ...` -> the middle part."""
-    found = re.search(r"Ran out of memory[^\n]*?\)(?=\.|$)", message)
-    return found.group(0) if found else message.splitlines()[0]
-
-
-def _size(count: int) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
+def _advice(figures: Figures, tried: bool) -> str:
+    if not tried:
+        return (
+            "set model.remat=full, lower batch.microbatch or selection.score_chunk, raise mesh.fsdp, or take a larger "
+            "slice (--suggest tries these)"
+        )
+    changes = figures["fitting_changes"]
+    return f"it fits with {' '.join(changes)}" if changes else "no setting tried fits: take a larger slice"

@@ -41,6 +41,9 @@ GENERATIONS = {
     "tpu7x": Generation(3, "tpu7x", "tpu7x", 2, 2, 94.7, 9216),
 }
 
+GIB = 2**30
+CUBE, POD_SIDE = 4, 16  # chips along the side of a cube that is switched as a whole; along the side of a flat pod
+
 # Slices of two axes are a fixed list; of three axes, these and every ascending box of multiples of 4.
 FLAT_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 SMALL_BOXES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
@@ -48,15 +51,29 @@ SMALL_BOXES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 
 @dataclass(frozen=True)
 class Topology:
-    """One slice: a generation and the number of chips along each axis."""
+    """One slice, or several equal ones: a generation and the number of chips along each axis of a slice."""
 
-    name: str
-    generation: Generation
+    kind: str
     shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def generation(self) -> Generation:
+        return GENERATIONS[self.kind]
+
+    @property
+    def slice_name(self) -> str:
+        """As `parse_topology` reads it."""
+        return f"{self.kind}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def name(self) -> str:
+        return self.slice_name if self.slices == 1 else f"{self.slices} x {self.slice_name}"
 
     @property
     def chips(self) -> int:
-        return math.prod(self.shape)
+        """Of all slices."""
+        return math.prod(self.shape) * self.slices
 
     @property
     def devices(self) -> int:
@@ -64,16 +81,25 @@ class Topology:
 
     @property
     def accelerator_type(self) -> str:
-        """The name under which the cloud lends it, for example v5p-32 for 16 chips."""
-        return f"{self.generation.accelerator}-{self.chips * self.generation.cores_per_chip}"
+        """The name under which the cloud lends one slice, for example v5p-32 for 16 chips."""
+        return f"{self.generation.accelerator}-{math.prod(self.shape) * self.generation.cores_per_chip}"
+
+    def wraps(self, dimension: int) -> bool:
+        """Whether the chips along a dimension of a slice form a ring: in whole cubes, and along a pod's whole side."""
+        if self.generation.axes == 2:
+            return self.shape[dimension] == POD_SIDE
+        return all(size % CUBE == 0 for size in self.shape)
 
 
-def parse_topology(text: str) -> Topology:
-    """Read `GENERATION:AxB` or `GENERATION:AxBxC`.
+def parse_topology(text: str, slices: int = 1) -> Topology:
+    """Read `GENERATION:AxB` or `GENERATION:AxBxC`: the shape of each of so many slices.
 
     Raises:
-      UserError: the generation is unknown or has no slice of that shape; the message lists what there is.
+      UserError: the generation is unknown or has no slice of that shape (the message lists what there is), or there
+        is no slice at all.
     """
+    if slices < 1:
+        raise UserError(f"{slices} slices: must be at least 1")
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text.strip().lower())
     if not match:
         raise UserError(f"topology {text!r}: must be GENERATION:SHAPE, for example v5p:2x2x4 or v5e:4x4")
@@ -83,14 +109,17 @@ def parse_topology(text: str) -> Topology:
     generation = GENERATIONS[name]
     if not _exists(generation, shape):
         raise UserError(f"topology {text!r}: {name} has no such slice; it has {_allowed(generation)}")
-    return Topology(f"{name}:{match[2]}", generation, shape)
+    return Topology(name, shape, slices)
 
 
 def absent_devices(topology: Topology) -> list[Any]:
-    """Devices to compile for, in the order of the interconnect. Needs libtpu and `compiler_environment`."""
+    """Devices to compile for, slice by slice, in the order of the interconnect.
+
+    Needs libtpu and `compiler_environment`.
+    """
     from jax.experimental import topologies
 
-    options: dict[str, Any] = {"chips_per_host_bounds": _host_bounds(topology.shape)}
+    options: dict[str, Any] = {"chips_per_host_bounds": _host_bounds(topology.shape), "num_slices": topology.slices}
     if topology.generation.compiler_name == "v4":
         options["chip_config_name"] = "megacore"  # otherwise each of a chip's two cores is a device of its own
     name = f"{topology.generation.compiler_name}:{'x'.join(map(str, topology.shape))}"
@@ -115,7 +144,7 @@ def compiler_environment(topology: Topology) -> dict[str, str]:
 def _exists(generation: Generation, shape: tuple[int, ...]) -> bool:
     if generation.axes == 2:
         return shape in FLAT_SHAPES
-    box = len(shape) == 3 and all(size and size % 4 == 0 for size in shape) and list(shape) == sorted(shape)
+    box = len(shape) == 3 and all(size and size % CUBE == 0 for size in shape) and list(shape) == sorted(shape)
     return shape in SMALL_BOXES or (box and math.prod(shape) <= generation.largest)
 
 

@@ -23,6 +23,28 @@ def test_a_slice_is_read(name, chips, devices, accelerator):
     assert parse_topology(topology.name) == topology
 
 
+def test_slices_are_equal_and_lent_one_by_one():
+    two = parse_topology("v5p:2x2x4", slices=2)
+    assert (two.name, two.chips, two.devices, two.accelerator_type) == ("2 x v5p:2x2x4", 32, 32, "v5p-32")
+    assert parse_topology(two.slice_name, slices=2) == two
+    with pytest.raises(UserError, match="0 slices: must be at least 1"):
+        parse_topology("v5p:2x2x4", slices=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "rings"),
+    [
+        ("v5p:2x2x4", [False, False, False]),
+        ("v5p:4x4x8", [True, True, True]),
+        ("v5e:8x16", [False, True]),
+        ("v6e:8x8", [False, False]),
+    ],
+)
+def test_cubes_and_sides_of_a_pod_are_rings(name, rings):
+    topology = parse_topology(name)
+    assert [topology.wraps(dimension) for dimension in range(len(rings))] == rings
+
+
 def test_every_listed_shape_exists():
     for name, generation in GENERATIONS.items():
         for shape in FLAT_SHAPES if generation.axes == 2 else SMALL_BOXES:
