@@ -12,10 +12,12 @@ from opus_jax.data.documents_table import iterate_texts, read_columns, write_doc
 from opus_jax.data.embedding import load_embedder
 from opus_jax.data.packing import segments_per_row
 from opus_jax.data.progress import progress_bar
+from opus_jax.data.ray_engine import require_ray, run_on_ray
 from opus_jax.data.record_writer import TokenizedDocuments, WrittenSplit, write_split
 from opus_jax.data.records import FORMAT_VERSION, SPLITS, Counts, Manifest, sha256
 from opus_jax.data.retrieval import Retrieval
 from opus_jax.data.splits import PROXY_FILES, split_documents
+from opus_jax.data.token_shards import kept_tokens, tokenize_shards
 from opus_jax.data.tokenize_documents import tokenize_texts, usable_cores
 from opus_jax.data.tokenizer import Tokenizer
 from opus_jax.data.tokenizer_training import train_tokenizer
@@ -32,6 +34,8 @@ def build_records(
       proxy: the user's own documents. With `proxy.source = files` they become the last domain, which has no rows for
         training; with `retrieved` they are what is looked for, and are not written.
     """
+    if config.prepare.engine == "ray":
+        require_ray()
     retrieval = _retrieval(config, proxy)
     written_proxy = [] if retrieval else proxy
     names = [domain.name for domain in corpus.domains] + [PROXY_FILES] * bool(written_proxy)
@@ -40,7 +44,7 @@ def build_records(
         placed, removed = split_documents(corpus, config.corpus, written_proxy, retrieval)
         write_documents(bar.track(placed, total=None, description="reading documents"), licences, folder)
         tokenizer = _make_tokenizer(config, folder, bar)
-        documents = _tokenize(config, folder, bar)
+        documents = _tokenize(config, folder, fingerprint, bar)
         written = {
             split: write_split(folder, split, documents, len(names), tokenizer, config.corpus.row_tokens)
             for split in bar.track(SPLITS, description="writing rows")
@@ -87,11 +91,14 @@ def _make_tokenizer(config: Config, folder: Path, bar: Progress) -> Tokenizer:
     return train_tokenizer(config.tokenizer, training, folder)
 
 
-def _tokenize(config: Config, folder: Path, bar: Progress) -> TokenizedDocuments:
+def _tokenize(config: Config, folder: Path, mark: str, bar: Progress) -> TokenizedDocuments:
     table = read_columns(folder, "domain_id", "split")
-    workers = config.corpus.workers or usable_cores()
-    texts = bar.track(iterate_texts(folder), total=len(table["split"]), description="tokenizing")
-    lengths = tokenize_texts(texts, folder, workers, folder / _SPOOL)
+    if config.prepare.engine == "ray":
+        lengths = tokenize_shards(folder, kept_tokens(folder.parent, mark), folder / _SPOOL, run_on_ray, bar)
+    else:
+        workers = config.corpus.workers or usable_cores()
+        texts = bar.track(iterate_texts(folder), total=len(table["split"]), description="tokenizing")
+        lengths = tokenize_texts(texts, folder, workers, folder / _SPOOL)
     return TokenizedDocuments(
         tokens=np.memmap(folder / _SPOOL, np.int32, "r") if lengths.sum() else np.zeros(0, np.int32),
         lengths=lengths,

@@ -62,3 +62,13 @@ class WithProxyRows(RowReader):
         records[behind] = self._proxy.read(self.proxy_rows[wanted[behind] - len(self._train)])
         records["example_id"] = wanted
         return records
+
+    def columns(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """As `RowReader.columns`; the domain of a proxy row is that of its text."""
+        wanted = np.asarray(indices, np.int64)
+        behind = wanted >= len(self._train)
+        domains = np.empty(wanted.shape, np.int32)
+        domains[~behind] = self._train.columns(wanted[~behind])["domain_id"]
+        domains[behind] = self._proxy.columns(self.proxy_rows[wanted[behind] - len(self._train)])["domain_id"]
+        documents = np.array(self.row_documents[wanted])
+        return {"example_id": wanted.astype(np.int32), "domain_id": domains, "document_ids": documents}

@@ -1,12 +1,9 @@
 """`opus-jax prepare`: from a corpus to a records folder, once for every configuration that matters."""
 
-import contextlib
 import dataclasses
 import errno
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from opus_jax.config import Config, fingerprint
@@ -16,12 +13,15 @@ from opus_jax.data.cache import cache_folder
 from opus_jax.data.corpora import load_corpus
 from opus_jax.data.corpora.local import read_documents
 from opus_jax.data.documents import Corpus, Document, require_known
+from opus_jax.data.folder_lock import folder_lock
+from opus_jax.data.given_records import given_records
 from opus_jax.data.proxy_rows import more_proxy_text
 from opus_jax.data.records import FORMAT_VERSION, Manifest
+from opus_jax.data.token_shards import kept_tokens
 from opus_jax.data.tokenizer_training import read_model
 from opus_jax.errors import ConfigError, UserError
 
-_WITHOUT_EFFECT = ("workers", "cache_dir", "weights")  # corpus keys that do not change the records
+_WITHOUT_EFFECT = ("workers", "cache_dir", "weights", "lenient")  # corpus keys that do not change the records
 
 
 def prepare(config: Config, progress: bool = True) -> Path:
@@ -36,24 +36,33 @@ def prepare(config: Config, progress: bool = True) -> Path:
     Raises:
       UserError: the corpus is too small for its splits, a source is unreadable, or the cached folder is damaged.
     """
+    if config.corpus.name == "records":
+        folder = given_records(config)
+        _check(config, folder)
+        return folder
     corpus = load_corpus(config.corpus)
-    _require_domains(config, corpus)
+    _require_domains(config, [domain.name for domain in corpus.domains])
     proxy = _users_texts(config)
     mark = _fingerprint(config, corpus, proxy)
     folder = cache_folder(config.corpus) / "records" / f"{corpus.name}-{mark}"
     if not folder.exists():
-        with _lock(folder):
+        with folder_lock(folder):
             if not folder.exists():
                 _make(config, corpus, proxy, folder, mark, progress)
-    manifest = Manifest.load(folder)
-    manifest.check_files(folder)
-    _require_rows(manifest, config)
+    _check(config, folder)
     return folder
 
 
-def _require_domains(config: Config, corpus: Corpus) -> None:
+def _check(config: Config, folder: Path) -> None:
+    """Raise UserError unless the folder holds whole files, and the rows and domains that the configuration names."""
+    manifest = Manifest.load(folder)
+    manifest.check_files(folder, lenient=config.corpus.lenient)
+    _require_domains(config, manifest.domains)
+    _require_rows(manifest, config)
+
+
+def _require_domains(config: Config, known: list[str]) -> None:
     """Raise ConfigError for a domain that the corpus lacks, before any time is spent on the others."""
-    known = [domain.name for domain in corpus.domains]
     for name in config.corpus.weights:
         require_known(f"corpus.weights.{name}", [name], known)
     require_known("proxy.domains", config.proxy.domains, known)
@@ -86,21 +95,6 @@ def _retrieval_settings(config: Config) -> list:
     return [embedding.VERSION, settings.embedder, settings.retrieved_share, sorted(settings.domains)]
 
 
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Held by one process at a time; the system lets go of it when the process dies, however it dies."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        file = folder.with_name(f".{folder.name}.lock").open("w")
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        raise UserError(
-            f"{folder.parent} cannot be written or locked ({error.strerror}): set corpus.cache_dir"
-        ) from None
-    with file:
-        yield
-
-
 def _make(config: Config, corpus: Corpus, proxy: list[Document], folder: Path, mark: str, progress: bool) -> None:
     """Fill a folder under another name, then give it its own."""
     for left in folder.parent.glob(f".{folder.name}.partial-*"):
@@ -112,6 +106,7 @@ def _make(config: Config, corpus: Corpus, proxy: list[Document], folder: Path, m
         _require_rows(manifest, config)
         manifest.save(partial)
         os.rename(partial, folder)
+        shutil.rmtree(kept_tokens(folder.parent, mark), ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if os.strerror(errno.ENOSPC) in str(error):  # three libraries write here, with an error class each

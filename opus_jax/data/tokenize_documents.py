@@ -52,7 +52,7 @@ def _encoded(batches: Iterator[list[str]], folder: Path, workers: int) -> Iterat
     if workers == 1:
         tokenizer = load_tokenizer(folder)
         for batch in batches:
-            yield _encode(tokenizer, batch)
+            yield encode_texts(tokenizer, batch)
         return
     # Not fork: JAX may be loaded here, and its threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
@@ -77,7 +77,8 @@ def _in_order(pool: ProcessPoolExecutor, batches: Iterator[list[str]], ahead: in
         yield future.result()
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
+def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
+    """The int32 tokens of some texts end to end, and how many each text has."""
     ids = [tokenizer.encode(text) for text in texts]
     counts = np.array([len(i) for i in ids], np.int64)
     return np.fromiter((token for i in ids for token in i), np.int32, int(counts.sum())), counts
@@ -101,4 +102,4 @@ def _end_with_parent() -> None:
 
 
 def _encode_in_worker(texts: list[str]) -> Encoded:
-    return _encode(_worker_tokenizer[0], texts)
+    return encode_texts(_worker_tokenizer[0], texts)

@@ -71,13 +71,23 @@ def test_threads_that_read_ahead_change_nothing(reader, plan, threads):
     assert same(take(CandidateStream(reader, plan, SEED, every_step(N), threads=threads, ahead=7), 12), expected)
 
 
-def test_four_processes_see_what_one_sees(reader, plan):
+def test_a_process_reads_its_own_rows_and_knows_the_ids_of_all(reader, plan):
+    """Rows that lie apart, as they do where a host's devices are not neighbours in the mesh."""
     whole = take(CandidateStream(reader, plan, SEED, every_step(N)), 6)
-    parts = [
-        take(CandidateStream(reader, plan, SEED, every_step(N), process_index=p, process_count=4), 6) for p in range(4)
-    ]
-    joined = [{k: np.concatenate([part[t][k] for part in parts]) for k in whole[t]} for t in range(6)]
-    assert same(joined, whole)
+    for p in range(4):
+        part = take(CandidateStream(reader, plan, SEED, every_step(N), held=lambda rows, p=p: np.arange(p, rows, 4)), 6)
+        for mine, all_rows in zip(part, whole, strict=True):
+            for name in ("tokens", "segment_ids", "loss_mask"):
+                assert np.array_equal(mine[name], all_rows[name][p::4])
+            for name in ("example_id", "domain_id", "document_ids"):
+                assert np.array_equal(mine[name], all_rows[name])
+
+
+def test_a_process_reads_no_record_of_the_others(reader, plan, monkeypatch):
+    read, asked = RowReader.read, []
+    monkeypatch.setattr(RowReader, "read", lambda self, rows: asked.append(len(rows)) or read(self, rows))
+    take(CandidateStream(reader, plan, SEED, every_step(N), held=lambda rows: np.arange(rows // 4), threads=0), 3)
+    assert set(asked) == {2}
 
 
 def test_a_stream_opened_at_a_step_is_the_continuation(reader, plan):
@@ -97,11 +107,6 @@ def test_a_new_plan_is_a_new_stream_from_its_boundary(reader, plan):
     assert all((batch["domain_id"] == 0).all() for batch in take(stream, 4))
     with pytest.raises(UserError, match="begins at slot 48"):
         CandidateStream(reader, later, SEED, every_step(N), start_step=5)
-
-
-def test_rows_must_divide_among_processes(reader, plan):
-    with pytest.raises(UserError, match=r"8 rows of a step .* 3 processes"):
-        CandidateStream(reader, plan, SEED, every_step(N), process_count=3)
 
 
 def test_it_works_where_nothing_has_parsed_flags(folder, tmp_path):

@@ -35,6 +35,8 @@ def test_proxy_rows_follow_the_training_rows(parts):
     for field in ("tokens", "segment_ids", "loss_mask", "domain_id", "document_ids"):
         assert np.array_equal(records[field], np.concatenate(sources)[field])
     assert np.array_equal(joined[len(train)]["tokens"], proxy[5]["tokens"])
+    columns = joined.columns(wanted)
+    assert all(np.array_equal(columns[name], records[name]) for name in columns), "known without reading a record"
     assert joined.read([]).shape == (0,)
 
 

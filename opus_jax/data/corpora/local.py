@@ -1,4 +1,4 @@
-"""Text files, JSON lines and Parquet from the user's own disk.
+"""Text files, JSON lines and Parquet of the user's own, on this machine or at an address (gs://, s3://).
 
 A domain is a folder, a file, or the value of a field. What cannot be read is counted in `corpus.problems` with the
 name of the file and the line; with `corpus.strict` the first such line is an error.
@@ -14,6 +14,7 @@ from opus_jax.data.cache import cache_folder
 from opus_jax.data.corpora import store
 from opus_jax.data.corpora.records_file import READABLE, check_text, is_readable, read_records
 from opus_jax.data.documents import Corpus, Document, Domain, Problems
+from opus_jax.data.remote import is_remote, local_copy
 from opus_jax.errors import ConfigError, UserError
 
 _LICENCE = "the user's own files"
@@ -26,7 +27,7 @@ def load(config: CorpusConfig) -> Corpus:
       ConfigError: the path does not exist, or holds no file of a known kind.
       UserError: with `domain_by = field`, a file lacks the field; with `strict`, a line cannot be read.
     """
-    root = Path(str(config.path)).expanduser()
+    root = _on_this_machine(str(config.path), config)
     files = _list_files(root, "corpus.path")
     versions = {"files": str(len(files)), "content": _content_hash(root, files)}
     if config.domain_by == "field":
@@ -51,9 +52,14 @@ def read_documents(path: str | Path, config: CorpusConfig, key: str = "proxy.pat
       ConfigError: the path does not exist, or holds no file of a known kind; the message names `key`.
       UserError: a line that cannot be read, with its file and number.
     """
-    root = Path(path).expanduser()
+    root = _on_this_machine(path, config)
     for file in _list_files(root, key):
         yield from (document for _, document in _read(file, root, config, Problems(), strict=True))
+
+
+def _on_this_machine(path: str | Path, config: CorpusConfig) -> Path:
+    """The path itself, or the copy of what is at an address."""
+    return local_copy(str(path), cache_folder(config)) if is_remote(path) else Path(path).expanduser()
 
 
 def _documents(files: list[Path], root: Path, config: CorpusConfig, problems: Problems) -> Iterator[Document]:
