@@ -16,6 +16,7 @@ comma = ,
 GPU = $(filter gpu,$(DEVICE))
 BASE = $(VENV)/.base-$(DEVICE)
 DEV = $(VENV)/.dev-$(DEVICE)
+ALL = $(VENV)/.all-$(DEVICE)
 SOURCES = pyproject.toml launch/venv.sh $(wildcard requirements/*.txt)
 
 .DEFAULT_GOAL := help
@@ -34,6 +35,10 @@ $(DEV): $(SOURCES)
 	@launch/venv.sh $(VENV) "dev$(addprefix $(comma),$(GPU))"
 	@touch $@ $(BASE)
 
+$(ALL): $(SOURCES)
+	@launch/venv.sh $(VENV) "dev,ray$(addprefix $(comma),$(GPU))"
+	@touch $@ $(DEV) $(BASE)
+
 quickstart: $(BASE)  ## train on random batches, then on chosen ones, and compare (5 minutes on 2 cores)
 	$(RUN) train configs/quickstart.yaml selection.method=random run.dir=runs/quickstart-random $(ARGS)
 	$(RUN) train configs/quickstart.yaml $(ARGS)
@@ -45,7 +50,7 @@ report: $(BASE)  ## write the report of the quickstart again
 test: $(DEV)  ## the tests, without the slow ones
 	$(PY) -m pytest -n $(WORKERS) --dist=worksteal -m "not slow" --durations=10 $(ARGS)
 
-test-all: $(DEV)  ## all the tests
+test-all: $(ALL)  ## all the tests, Ray's included
 	$(PY) -m pytest -n $(WORKERS) --dist=worksteal --durations=10 $(ARGS)
 
 lint: $(DEV)  ## style, format and types
