@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.harness import Figures, run_benchmark
 from benchmarks.sketching.fidelity import CANDIDATES, SKETCHES, config_of, measure_fidelity
 from benchmarks.sketching.speed import FULL, QUICK, WIDTH, flop_ratios, measure_speed, memory_ratios
-from benchmarks.sketching.traffic import MODELS, TOPOLOGY, measure_traffic
+from benchmarks.sketching.traffic import LAYERS, MODELS, TOPOLOGY, measure_traffic
 from opus_jax.errors import MissingExtraError
 
 TRAFFIC_ROWS, TRAFFIC_TOKENS = 8, 512
@@ -28,16 +28,16 @@ def measure(quick: bool) -> tuple[dict[str, Any], Figures]:
     if importlib.util.find_spec("libtpu") is None:
         raise MissingExtraError("benchmarks.sketches", "libtpu (Linux x86-64)", "tpu")
     size, (steps, seeds) = (QUICK, (60, 2)) if quick else (FULL, (100, 5))
-    _tell(f"speed: {size}")
-    found, figures = measure_speed(size)
-    figures |= flop_ratios(size) | memory_ratios(size)
     config = config_of(quick)
     _tell(f"fidelity: {steps} steps of training, {seeds} seeds; traffic: compiling for {TOPOLOGY}")
     changes: dict[str, Any] = {"layers": 2} if quick else {}
     with ThreadPoolExecutor(1) as beside:  # neither is timed
         traffic = beside.submit(lambda: measure_traffic(TRAFFIC_ROWS, TRAFFIC_TOKENS, **changes))
-        figures |= measure_fidelity(config, steps, seeds)
+        figures = measure_fidelity(config, steps, seeds)
         figures |= traffic.result()
+    _tell(f"speed: {size}")
+    found, timed = measure_speed(size)
+    figures |= timed | flop_ratios(size) | memory_ratios(size)
     setting = {
         "speed": dataclasses.asdict(size) | found | {"width": WIDTH, "dtype": "float32"},
         "fidelity": {
@@ -54,6 +54,7 @@ def measure(quick: bool) -> tuple[dict[str, Any], Figures]:
         "traffic": {
             "topology": TOPOLOGY,
             "models": MODELS,
+            "layers": LAYERS,
             "rows": TRAFFIC_ROWS,
             "tokens": TRAFFIC_TOKENS,
             "dtype": "bfloat16",

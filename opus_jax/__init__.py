@@ -22,6 +22,8 @@ run = oj.load_run("runs/quickstart")
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from opus_jax.distributed.platform import choose_platform
+
 if TYPE_CHECKING:
     from opus_jax.config import Config
     from opus_jax.data.map_candidates import candidates, fit
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from opus_jax.selection import feedback
     from opus_jax.selection.opus import select
     from opus_jax.training.loop import train
+
+choose_platform()  # as commands do: an installed libtpu makes JAX fill a page with warnings where there is no TPU
 
 # Imported on first use, so that the command line can speak before JAX has started.
 _HOME = {

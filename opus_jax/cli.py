@@ -1,7 +1,7 @@
 """The command line: one sub-command per job, each thin: parse, build, call.
 
-Exit codes: 0 done; 2 the user's mistake, one line on standard error; 130 interrupted after a clean save;
-1 anything else.
+Exit codes: 0 done, or preempted (SIGTERM) after a clean save; 2 the user's mistake, one line on standard error;
+130 interrupted by hand after a clean save; 1 anything else.
 """
 
 import argparse
@@ -13,10 +13,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from opus_jax.errors import InterruptedRunError, NonFiniteLossError, UserError
+from opus_jax.errors import (
+    InterruptedRunError,
+    JoinError,
+    LostProcessError,
+    NonFiniteLossError,
+    PreemptedRunError,
+    UserError,
+)
 
 DONE, FAILED, USER_MISTAKE, INTERRUPTED = 0, 1, 2, 130
-EXIT_CODES = {UserError: USER_MISTAKE, NonFiniteLossError: FAILED, InterruptedRunError: INTERRUPTED}
+EXIT_CODES = {
+    UserError: USER_MISTAKE,
+    NonFiniteLossError: FAILED,
+    JoinError: FAILED,
+    LostProcessError: FAILED,
+    PreemptedRunError: DONE,  # to be started again: summary.json is there only when the run is over
+    InterruptedRunError: INTERRUPTED,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,16 +40,31 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parse(arguments)
     choose_platform()
     try:
+        _fetch(args)
         args.run(args)
         return DONE
     except tuple(EXIT_CODES) as error:
         if args.debug:
             traceback.print_exc()
         print(f"opus-jax {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+        code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+        if code in (FAILED, USER_MISTAKE):
+            _leave_at_once(code)
+        return code
     except KeyboardInterrupt:
         print(f"opus-jax {args.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception:
+        _leave_at_once(FAILED, traceback.format_exc())
+        raise
+
+
+def _leave_at_once(code: int, said: str = "") -> None:
+    """Where other processes would be waited for in vain; before JAX has been imported there are none."""
+    if "jax" in sys.modules:
+        from opus_jax.distributed.lost import leave_at_once
+
+        leave_at_once(code, said)
 
 
 # --------------------------------------------------------------------------------------------- commands
@@ -48,17 +77,27 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from opus_jax.training.goodput import in_words
     from opus_jax.training.loop import train
+    from opus_jax.training.profiler import profiled_steps
 
     config = _config(args)
-    summary = train(config)
-    print(f"{config.run.dir}: {summary['steps']} steps, target {summary['target_bits_per_byte']:.3f} bits per byte")
+    profile = profiled_steps(args.profile)
+    speaks = _join()
+    summary = train(config, profile=profile)
+    if speaks:
+        print(f"{config.run.dir}: {summary['steps']} steps, target {summary['target_bits_per_byte']:.3f} bits per byte")
+        if "goodput_seconds" in summary:  # a run that ended before it was kept has none
+            print(in_words(summary["goodput_seconds"]))
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     from opus_jax.training.inference import evaluate_run
 
-    print(json.dumps(evaluate_run(Path(args.config), tuple(args.overrides)), indent=2))
+    speaks = _join()
+    found = evaluate_run(Path(args.config), tuple(args.overrides))
+    if speaks:
+        print(json.dumps(found, indent=2))
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -76,12 +115,14 @@ def _score(args: argparse.Namespace) -> None:
     from opus_jax.training.score_corpus import score_corpus, verdict
 
     settings = {"split": args.split, "output": args.output, "planted": tuple(args.planted), "relative": args.relative}
+    speaks = _join()
     found = score_corpus(args.config, tuple(args.overrides), **settings)
-    for line in verdict(found):
+    for line in verdict(found) if speaks else ():
         print(line)
 
 
 def _report(args: argparse.Namespace) -> None:
+    from opus_jax.data.remote import Remote
     from opus_jax.reports.html import write_report
     from opus_jax.reports.run import load_run
     from opus_jax.reports.verdict import verdict
@@ -91,19 +132,54 @@ def _report(args: argparse.Namespace) -> None:
     run = load_run(args.config)
     for line in verdict(run, baseline=args.compare[0] if args.compare else None):
         print(line)
-    print(page)
+    if args.address is not None:
+        Remote(args.address).upload(page, page.name)
+    print(args.address or page)
 
 
 def _compile(args: argparse.Namespace) -> None:
     from opus_jax.distributed.compile import compile_for
 
-    compile_for(_config(args), args.topology, json_file=args.json)
+    steps = tuple(filter(None, args.steps.split(",")))
+    compile_for(
+        _config(args), args.topology, slices=args.slices, steps=steps, json_file=args.json, suggest=args.suggest
+    )
 
 
 def _doctor(args: argparse.Namespace) -> None:
     from opus_jax.doctor import examine
 
     raise SystemExit(examine())
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    """Where a subject is an address (gs://, s3://), work on a copy of it."""
+    if "://" in getattr(args, "config", ""):
+        args.address, args.config = args.config, _fetched(args.config, args.command)
+    if hasattr(args, "compare"):
+        args.compare = [_fetched(place, args.command) if "://" in place else place for place in args.compare]
+
+
+def _fetched(address: str, command: str) -> str:
+    from opus_jax.config import CorpusConfig
+    from opus_jax.data.cache import cache_folder
+    from opus_jax.data.remote import local_copy
+    from opus_jax.training.remote_run import fetched_run
+
+    cache = cache_folder(CorpusConfig())
+    if address.endswith((".yaml", ".yml")):
+        return str(local_copy(address, cache))
+    return str(fetched_run(address, cache, checkpoints=command in ("evaluate", "generate", "score")))
+
+
+def _join() -> bool:
+    """Join the other processes of this command, if it has some; whether this one prints what all have found."""
+    import jax
+
+    from opus_jax.distributed.processes import start_processes
+
+    start_processes()
+    return jax.process_index() == 0
 
 
 def _config(args: argparse.Namespace) -> Any:
@@ -137,6 +213,12 @@ COMMANDS = {
         "train; prepares what is missing, resumes by itself",
         "CONFIG",
         "configs/quickstart.yaml selection.temperature=0.25",
+        {
+            "--profile": {
+                "metavar": "steps=A:B",
+                "help": "trace steps A to B - 1 into RUN/profile, for XProf; 10:13 is steps 10, 11 and 12",
+            },
+        },
     ),
     "evaluate": Command(
         _evaluate, "bits per byte of a run's newest checkpoint", "RUN", "runs/quickstart evaluation.rows=500"
@@ -191,11 +273,18 @@ COMMANDS = {
     ),
     "compile": Command(
         _compile,
-        "compile the training step for a TPU that is not there",
+        "compile the steps for a TPU that is not there",
         "CONFIG",
         "configs/quickstart.yaml --topology v5p:2x2x4",
         {
             "--topology": {"required": True, "help": "for example v5p:2x2x4, v5e:4x4, v6e:2x4"},
+            "--slices": {"type": int, "default": 1, "metavar": "N", "help": "so many of them (set mesh.replica too)"},
+            "--steps": {
+                "default": "",
+                "metavar": "NAMES",
+                "help": "of train,plain,score,decode (default: all that the configuration has)",
+            },
+            "--suggest": {"action": "store_true", "help": "where a step does not fit, look for settings that do"},
             "--json": {"type": Path, "metavar": "FILE", "help": "also write the figures there"},
         },
     ),
@@ -244,7 +333,7 @@ def _add(places: Any, name: str, command: Command) -> None:
     for flag, settings in command.options.items():
         parser.add_argument(flag, **settings)
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake")
-    parser.set_defaults(run=command.action)
+    parser.set_defaults(run=command.action, address=None)
 
 
 if __name__ == "__main__":

@@ -29,12 +29,16 @@ class RunConfig:
     eval_every: int = 100  # steps between evaluations; the last step is always evaluated
     save_every: int = 100  # steps between checkpoints; the last step is always saved
     log_every: int = 1  # steps between lines of metrics.jsonl
+    compilation_cache: Optional[str] = "auto"  # folder of compiled programs; auto = in the cache, but not on CPUs
+    on_nonfinite: str = "stop"  # stop | skip: what a loss or gradient that is not finite does (skip = no update)
+    max_skipped: int = 10  # skip: updates left out at most, in the whole run
+    watchdog_seconds: Optional[float] = 1800.0  # a step that takes longer ends the process; null = off
 
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    name: str = "python-env"  # python-env | debian | local | hf
-    path: Optional[str] = None  # local: file or folder; hf: dataset name
+    name: str = "python-env"  # python-env | debian | local | hf | records (prepared already, at path)
+    path: Optional[str] = None  # local, records: file or folder, or its address (gs://, s3://); hf: dataset name
     domain_by: str = "folder"  # local: folder | file | field
     domain_field: str = "domain"  # local, hf: record field that names the domain when domain_by = field
     text_field: str = "text"  # local, hf: record field that holds the text
@@ -47,8 +51,14 @@ class CorpusConfig:
     validation_share: float = 0.05  # of documents, by hash
     proxy_share: float = 0.05  # of documents, by hash
     strict: bool = False  # a malformed line is an error instead of a count
+    lenient: bool = False  # a damaged record or missing shard is a row without text, and a count, instead of an error
     workers: Optional[int] = None  # processes that tokenize; null = one per core
     cache_dir: Optional[str] = None  # null = $OPUS_JAX_CACHE or ~/.cache/opus_jax
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    engine: str = "local"  # local (processes of this machine) | ray (a Ray cluster): what tokenizes the corpus
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,7 @@ class ModelConfig:
     bias: Optional[bool] = None  # linear maps have a bias
     init: str = "fan_in"  # fan_in | official (0.02, depth-scaled)
     remat: str = "none"  # none | full | dots: what the backward pass recomputes
+    attention: str = "auto"  # auto | xla | cudnn (GPU, bfloat16; scoring by forward mode keeps xla): of training
     dtype: Optional[str] = None  # compute type; null = bfloat16 on accelerators, float32 on CPU
     init_from: Optional[str] = None  # a run folder whose newest checkpoint gives the first weights
 
@@ -194,6 +205,8 @@ class MeshConfig:
 class CheckpointConfig:
     keep: int = 2  # newest checkpoints kept
     best: bool = True  # also keep the one with the lowest target bits per byte
+    temporary_every: Optional[int] = None  # steps between checkpoints that go with the next; null = none
+    host_gigabytes: Optional[float] = None  # host memory that saving may fill; steps wait meanwhile. null = no limit
 
 
 @dataclass(frozen=True)
@@ -214,6 +227,7 @@ class ReportConfig:
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -276,17 +290,26 @@ def from_mapping(mapping: dict[str, Any], overrides: list[str] | tuple[str, ...]
     layers = [OmegaConf.create(mapping), _read_overrides(overrides)]
     for layer in layers:
         _reject_unknown(OmegaConf.to_container(layer), Config, "")
+        _reject_environment(OmegaConf.to_container(layer))
     try:
         return OmegaConf.to_object(OmegaConf.merge(schema, *layers))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise _typed_error(error) from None
 
 
+# Keys that change nothing of what a sound run computes: a run may go on with other values of them.
+_FREE = (
+    "run.dir", "run.compilation_cache", "run.on_nonfinite", "run.max_skipped", "run.watchdog_seconds", "corpus.lenient",
+    "corpus.cache_dir", "corpus.workers", "prepare.engine",
+    "checkpoint.temporary_every", "checkpoint.host_gigabytes",
+)  # fmt: skip
+
+
 def changed_keys(old: Config, new: Config) -> list[str]:
-    """Dotted names of the keys whose values differ; where the run folder lies is not a difference."""
+    """Dotted names of the keys whose values differ; where the run folder lies, and what to do about faults, may."""
     before, after = dotted(old.to_mapping()), dotted(new.to_mapping())
     keys = sorted(before.keys() | after.keys())
-    return [key for key in keys if key != "run.dir" and before.get(key) != after.get(key)]
+    return [key for key in keys if key not in _FREE and before.get(key) != after.get(key)]
 
 
 def fingerprint(*parts: Any) -> str:
@@ -342,6 +365,13 @@ def _reject_unknown(mapping: Any, cls: type, prefix: str) -> None:
             )
         if dataclasses.is_dataclass(sections[key]):
             _reject_unknown(value, sections[key], f"{prefix}{key}.")  # type: ignore[arg-type]
+
+
+def _reject_environment(mapping: Any) -> None:
+    """A value that stands for a variable would be written into the run folder, be it a secret or not."""
+    for key, value in dotted(mapping).items():
+        if "${oc.env" in str(value):
+            raise ConfigError(key, value, "must be the value itself: what it stands for would be in config.yaml")
 
 
 def _nearest(prefix: str, key: str, known: Iterable[str]) -> str:

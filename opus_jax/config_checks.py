@@ -1,5 +1,6 @@
 """Which values a configuration may have: checked when it is made, before anything is read or compiled."""
 
+import re
 from typing import Any
 
 from opus_jax.errors import ConfigError
@@ -7,8 +8,10 @@ from opus_jax.errors import ConfigError
 Config = Any  # opus_jax.config.Config, which imports this
 
 _CHOICES = {
-    "corpus.name": ("python-env", "debian", "local", "hf"),
+    "run.on_nonfinite": ("stop", "skip"),
+    "corpus.name": ("python-env", "debian", "local", "hf", "records"),
     "corpus.domain_by": ("folder", "file", "field"),
+    "prepare.engine": ("local", "ray"),
     "tokenizer.kind": ("sentencepiece", "byte"),
     "model.norm": ("prenorm", "prenorm_qk", "simplenorm", None),
     "model.norm_kind": ("rmsnorm", "layernorm", None),
@@ -17,6 +20,7 @@ _CHOICES = {
     "model.positions": ("rope", "learned", None),
     "model.init": ("fan_in", "official"),
     "model.remat": ("none", "full", "dots"),
+    "model.attention": ("auto", "xla", "cudnn"),
     "model.dtype": ("float32", "bfloat16", None),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.schedule": ("constant", "cosine", "linear", "wsd"),
@@ -38,6 +42,7 @@ _CHOICES = {
 
 _AT_LEAST = {
     "run.seed": 0, "run.steps": 1, "run.eval_every": 1, "run.save_every": 1, "run.log_every": 1,
+    "run.max_skipped": 0, "checkpoint.temporary_every": 1,
     "corpus.row_tokens": 8, "corpus.max_bytes": 1, "corpus.workers": 1,
     "tokenizer.vocab_size": 260,
     "model.layers": 1, "model.width": 1, "model.hidden": 1, "model.heads": 1, "model.kv_heads": 1,
@@ -49,12 +54,15 @@ _AT_LEAST = {
     "selection.rank": 1, "selection.sketch_width": 1,
     "selection.redundancy": 0.0, "selection.redundancy_rounds": 1, "selection.select_every": 1,
     "selection.warm_start_steps": 0, "selection.audit_every": 0, "selection.audit_rows": 3,
-    "proxy.limit": 1, "proxy.rows": 1, "proxy.window": 2, "proxy.refresh": 1, "evaluation.rows": 1, "evaluation.batch_rows": 1,
+    "proxy.limit": 1, "proxy.rows": 1, "proxy.window": 2, "proxy.refresh": 1,
+    "evaluation.rows": 1, "evaluation.batch_rows": 1,
     "feedback.window_steps": 1, "feedback.clusters": 1, "feedback.shrinkage": 0.0, "feedback.floor": 0.0,
     "mesh.replica": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "checkpoint.keep": 1, "report.examples": 1,
 }  # fmt: skip
 
 _POSITIVE = (
+    "run.watchdog_seconds",
+    "checkpoint.host_gigabytes",
     "model.norm_eps",
     "model.rope_theta",
     "optimizer.eps",
@@ -67,6 +75,8 @@ _SHARE_BELOW_1 = ("optimizer.beta1", "optimizer.beta2", "optimizer.momentum", "p
 _SHARE = ("optimizer.decay_share", "optimizer.final_share", "feedback.decay")
 _SHARE_ABOVE_0 = ("selection.ratio", "plan.keep")
 
+
+_LOGIN = re.compile(r"(?i)://[^/@\s]*:[^/@\s]*@|[?&;][\w.-]*(?:key|token|secret|pass|cred|auth|sig)[\w.-]*=")
 
 KRON_BLOCK = 32 * 32  # numbers in one block of a Kron sketch
 
@@ -95,6 +105,7 @@ def check(config: Config) -> None:
     _require(config, "mesh.data", lambda x: x >= 1 or x == -1, "must be at least 1, or -1 for all remaining devices")
     for key in ("corpus.validation_share", "corpus.proxy_share"):
         _require(config, key, lambda x: 0 < x < 0.5, "must be above 0 and below 0.5")
+    _check_addresses(config)
     _check_corpus(config)
     _check_direction(config)
     _check_batch(config)
@@ -109,7 +120,7 @@ def check(config: Config) -> None:
 
 def _check_corpus(config: Config) -> None:
     corpus = config.corpus
-    if corpus.name in ("local", "hf") and not corpus.path:
+    if corpus.name in ("local", "hf", "records") and not corpus.path:
         raise ConfigError("corpus.path", corpus.path, f"corpus.name = {corpus.name} needs a path")
     if corpus.name == "hf" and not corpus.revision:
         raise ConfigError(
@@ -120,8 +131,33 @@ def _check_corpus(config: Config) -> None:
             raise ConfigError(f"corpus.weights.{domain}", weight, "must be at least 0")
     if corpus.weights and not any(corpus.weights.values()):
         raise ConfigError("corpus.weights", corpus.weights, "at least one weight must be above 0")
+    _check_given_records(config)
     if config.proxy.source != "heldout" and not config.proxy.path:
         raise ConfigError("proxy.path", None, f"proxy.source = {config.proxy.source} needs a file or folder")
+
+
+def _check_given_records(config: Config) -> None:
+    """What a prepared corpus has been made with cannot be asked for again."""
+    if config.corpus.name != "records":
+        return
+    made: dict[str, tuple[Any, Any, str]] = {
+        "corpus.domains": (config.corpus.domains, None, "null"), "corpus.noise": (dict(config.corpus.noise), {}, "{}"),
+        "corpus.max_bytes": (config.corpus.max_bytes, None, "null"),
+        "proxy.source": (config.proxy.source, "heldout", "heldout"),
+    }  # fmt: skip
+    for key, (value, needed, shown) in made.items():
+        if value != needed:
+            raise ConfigError(key, value, f"corpus.name = records has been prepared already: set it to {shown}")
+
+
+def _check_addresses(config: Config) -> None:
+    """Refuse logins in addresses: a configuration is written into the run folder and its report."""
+    sections = {name: vars(section) for name, section in vars(config).items()}
+    for section, values in sections.items():
+        for name, value in values.items():
+            if isinstance(value, str) and "://" in value and _LOGIN.search(value):
+                allowed = "the address holds a login; take it out, and give it as the service's own tools do"
+                raise ConfigError(f"{section}.{name}", f"{value.split('://')[0]}://<redacted>", allowed)
 
 
 def _check_direction(config: Config) -> None:

@@ -19,7 +19,7 @@ from reports.fabricate import write_trained_pair
 from small_runs import lines, small_config, write_text
 
 from opus_jax.config import Config, TokenizerConfig, fingerprint, from_mapping, replace
-from opus_jax.data import tokenize_documents
+from opus_jax.data import build_records, tokenize_documents
 from opus_jax.data.corpora import load_corpus
 from opus_jax.data.plan import initial_plan, rows_at
 from opus_jax.data.prepare import prepare
@@ -27,8 +27,9 @@ from opus_jax.data.proxy_rows import proxy_plan
 from opus_jax.data.records import Manifest, RowReader, batch_of
 from opus_jax.data.tokenizer import load_tokenizer
 from opus_jax.data.tokenizer_training import train_tokenizer
+from opus_jax.distributed.compilation_cache import keep_compiled_programs
 from opus_jax.distributed.mesh import make_mesh
-from opus_jax.errors import UserError
+from opus_jax.errors import NonFiniteLossError, UserError
 from opus_jax.evaluation import bits_per_byte
 from opus_jax.influence.ghost.scores import Scores
 from opus_jax.models import transformer
@@ -37,8 +38,9 @@ from opus_jax.optim.optimizers import make_optimizer
 from opus_jax.reports.html import write_report
 from opus_jax.training import audit, loop
 from opus_jax.training.build import buffers_of, optimizer_for
-from opus_jax.training.lower_step import lower_step
+from opus_jax.training.lower_step import workshop
 from opus_jax.training.metrics import MetricsWriter
+from opus_jax.training.nonfinite import left_out_update
 from opus_jax.training.offer import candidate_reader, first_plan, make_steering
 from opus_jax.training.run_folder import open_run_folder
 from opus_jax.training.state import TrainState
@@ -106,6 +108,39 @@ def folder_made(config: Config, place: Place) -> Any:
     assert config.run.dir is not None
     with open_run_folder(config.run.dir, config) as folder:
         return sorted(file.relative_to(place.folder).as_posix() for file in folder.iterdir())
+
+
+def compiled_programs(config: Config, place: Place) -> Any:
+    """Where they are kept."""
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        return str(keep_compiled_programs(config.run.compilation_cache, place.folder))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def skipped_too_often(config: Config, place: Place) -> Any:
+    """How many updates may be left out."""
+    run, loss = replace(config.run, on_nonfinite="skip"), {"loss": float("nan"), "grad_norm": 1.0}
+    for count in range(1, 100):
+        try:
+            left_out_update(1, [], loss, count, run)
+        except NonFiniteLossError:
+            return count
+    return None
+
+
+def watched_seconds(config: Config, place: Place) -> Any:
+    """What the watchdog of a run is told; nothing is trained."""
+
+    class Seen(Exception):
+        pass
+
+    with tempfile.TemporaryDirectory() as folder:
+        apart = replace(config, run=replace(config.run, dir=folder))
+        with patch.object(loop, "Watchdog", side_effect=Seen) as watchdog, contextlib.suppress(Seen):
+            loop.train(apart, progress=False)
+    return watchdog.call_args.args[0]
 
 
 @functools.cache
@@ -190,6 +225,21 @@ def processes(config: Config, place: Place) -> Any:
     return asked
 
 
+def engine(config: Config, place: Place) -> Any:
+    """How many shards a cluster would be given; none without one."""
+    asked: list[int] = []
+
+    def cluster(task: Any, items: list[Any]) -> Any:
+        asked.append(len(items))
+        return map(task, items)
+
+    with tempfile.TemporaryDirectory() as cache:
+        uncached = replace(config, corpus=replace(config.corpus, cache_dir=cache))
+        with patch.object(build_records, "run_on_ray", cluster):
+            prepare(uncached, progress=False)
+    return asked
+
+
 # ------------------------------------------------------------------------------------------------- model
 
 
@@ -240,7 +290,7 @@ def updates(config: Config, place: Place) -> Any:
 
 def step(config: Config, place: Place) -> Any:
     """The program of the training step on one device."""
-    return lower_step(config, jax.devices()[:1]).as_text()
+    return workshop(config, jax.devices()[:1]).train().as_text()
 
 
 @or_refusal
@@ -347,6 +397,16 @@ def checkpoints_kept(config: Config, place: Place) -> Any:
             checkpoints.save(number, {"x": jnp.ones(2)}, {}, {}, metric)
         checkpoints.wait()
         return checkpoints.steps()
+
+
+def due_steps(config: Config, place: Place) -> Any:
+    return [number for number in range(1, config.run.steps + 1) if loop._saved(config, number)]
+
+
+def host_bytes(config: Config, place: Place) -> Any:
+    """The limit that reaches Orbax."""
+    with tempfile.TemporaryDirectory() as folder, loop._checkpoints(Path(folder), config) as checkpoints:
+        return checkpoints._open()._context.memory.transfer_concurrent_bytes
 
 
 @or_refusal

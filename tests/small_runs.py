@@ -31,7 +31,7 @@ def mapping(root: Path, run: str = "run") -> dict[str, Any]:
         "tokenizer": {"kind": "byte"},
         "model": {"preset": "tiny", "layers": 1, "width": 32, "heads": 2, "hidden": 48},
         "optimizer": {"warmup_steps": 2, "schedule": "constant", "learning_rate": 0.01},
-        "run": {"dir": str(root / run), "steps": 12, "eval_every": 6, "save_every": 4},
+        "run": {"dir": str(root / run), "steps": 12, "eval_every": 6, "save_every": 4, "compilation_cache": None},
         "batch": {"rows": 8},
         "selection": {"warm_start_steps": 3, "audit_every": 4, "audit_rows": 4},
         "proxy": {"domains": ["prose"], "rows": 8},

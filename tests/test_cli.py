@@ -76,6 +76,8 @@ MISTAKES = {
     "topology": ("compile good.yaml --topology v5p", ["'v5p'", "v5p:2x2x4"]),
     "generation": ("compile good.yaml --topology v9:2x2", ["'v9:2x2'", "v5e, v5p, v6e"]),
     "slice": ("compile good.yaml --topology v5p:3x3x3", ["'v5p:3x3x3'", "2x2x4"]),
+    "no slice": ("compile good.yaml --topology v5e:2x2 --slices 0", ["0 slices", "at least 1"]),
+    "step": ("compile good.yaml --topology v5e:2x2 --steps train,fly", ["--steps fly", "train,plain,score,decode"]),
     "evaluate before training": ("evaluate untrained", ["no checkpoint in", "untrained", "train the run first"]),
     "generate before training": ("generate untrained", ["no checkpoint in", "untrained", "train the run first"]),
     "score before training": ("score untrained", ["no checkpoint in", "untrained", "train the run first"]),

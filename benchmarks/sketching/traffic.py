@@ -21,6 +21,7 @@ from opus_jax.distributed.topology import absent_devices, compiler_environment, 
 
 TOPOLOGY = "v5p:2x2x1"  # one of its chips is compiled for
 MODELS = {"gpt2_xl": "gpt2-xl", "llama3_8b": "llama3-8b"}
+LAYERS = {"gpt2-xl": 48, "llama3-8b": 8}  # the ordinary backward pass of all 32 layers does not fit one chip
 ORDINARY, KINDS = "backward", ("kron", "kron_exact")  # under a factored P by XLA, under AdamW's by the kernel
 SIZES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "f16": 2, "s8": 1, "u8": 1, "pred": 1}  # bytes
 
@@ -32,7 +33,8 @@ def measure_traffic(rows: int, tokens: int, models: dict[str, str] | None = None
     """Ratios to the ordinary backward pass, for each model and kind of scores; `changes` are of the model's spec."""
     figures: Figures = {}
     for model, preset in (models or MODELS).items():
-        found = compile_in_child({"preset": preset, "rows": rows, "tokens": tokens, "changes": changes})
+        request = {"preset": preset, "rows": rows, "tokens": tokens}
+        found = compile_in_child(request | {"changes": {"layers": LAYERS.get(preset)} | changes})
         for kind in KINDS:
             figures[f"hbm_traffic.{model}.{kind}"] = [found[kind]["bytes"] / found[ORDINARY]["bytes"]]
             figures[f"hbm_peak.{model}.{kind}"] = [found[kind]["peak"] / found[ORDINARY]["peak"]]

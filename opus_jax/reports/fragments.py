@@ -1,7 +1,7 @@
 """Tables and texts of the report. Whatever comes from outside is escaped here."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from opus_jax.reports.decisions import ClusterPlan
 from opus_jax.reports.escape import escape
@@ -9,6 +9,7 @@ from opus_jax.reports.examples import Example, Excerpt, Segment
 from opus_jax.reports.numbers import duration, percent, readable
 from opus_jax.reports.run import Run
 from opus_jax.reports.selection_reader import SelectionSummary
+from opus_jax.training.goodput import CATEGORIES, shares
 
 TEXT_LIMIT = 6000  # characters of one text
 
@@ -50,6 +51,16 @@ def domain_table(run: Run, baseline: Run | None, summary: SelectionSummary | Non
         rows.append(row)
     against = f", change against {escape(baseline.name)}" if baseline else ""
     return _table(f"Domains{against}", heads, rows)
+
+
+def time_table(seconds: Mapping[str, float]) -> str:
+    """One row for each category of wall time."""
+    parts = shares(seconds)
+    rows = [
+        [escape(name.replace("_", " ")), _cell(value, duration), _cell(parts[name], percent), escape(CATEGORIES[name])]
+        for name, value in seconds.items()
+    ]
+    return _table("Wall time", ["Spent on", "time", "share", "what it is"], rows)
 
 
 def example_cards(heading: str, examples: Sequence[Example], domains: Sequence[str]) -> str:

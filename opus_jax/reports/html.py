@@ -23,6 +23,7 @@ from opus_jax.reports.page import document, section
 from opus_jax.reports.plan_section import plan_sections
 from opus_jax.reports.run import Run, load_run, sibling
 from opus_jax.reports.selection_reader import SelectionSummary
+from opus_jax.reports.time_section import time_section
 from opus_jax.reports.verdict import findings
 from opus_jax.training.atomic import write_atomic
 
@@ -72,6 +73,7 @@ def _page(runs: list[Run]) -> str:
     bought = drawn(result_charts.target_chart(runs), result_charts.loss_chart(runs), result_charts.domains_chart(runs))
     chosen = _choice_charts(run, summary)
     plans, offered = plan_sections(run, manifest)
+    time, spent = time_section(run)
     cost = drawn(
         result_charts.audit_chart(run),
         result_charts.overhead_chart(runs),
@@ -89,10 +91,11 @@ def _page(runs: list[Run]) -> str:
         plans,
         _texts(run, summary),
         section("How far to trust the scores, and their cost", "", cost),
+        time,
         "</main>",
         f"<footer><details><summary>Configuration</summary><pre>{escape(_yaml(run))}</pre></details></footer>",
     ]
-    return document(f"{run.name}: opus-jax report", "\n".join(body), [*bought, *chosen, *offered, *cost])
+    return document(f"{run.name}: opus-jax report", "\n".join(body), [*bought, *chosen, *offered, *cost, *spent])
 
 
 def _selection_summary(run: Run, manifest: Manifest | None) -> SelectionSummary | None:

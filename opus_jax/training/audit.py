@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from opus_jax.config import Config, SelectionConfig, replace
-from opus_jax.distributed.axes import constrain
+from opus_jax.distributed.axes import constrain, replicated
 from opus_jax.distributed.mesh import batch_shards
 from opus_jax.influence import per_example
 from opus_jax.influence.audit import rank_agreement
@@ -33,7 +33,7 @@ def make_audit(spec: ModelSpec, optimizer: Optimizer, config: Config, mesh: Mesh
     """
     count = config.selection.audit_rows
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=replicated(mesh))
     def audit(state: TrainState, candidates: Batch, proxy: Batch) -> dict[str, Float[Array, ""]]:
         key = jax.random.fold_in(state.key, state.step)
         chooser = Chooser(spec, optimizer, config, state, candidates, proxy)
@@ -42,7 +42,8 @@ def make_audit(spec: ModelSpec, optimizer: Optimizer, config: Config, mesh: Mesh
         rows = {name: constrain(x[repeated], batch_axes(x)) for name, x in candidates.items()}
         used = chooser.ask(v, proxy_gradient, key, rows)
         first = {name: constrain(x[:count], batch_axes(x)) for name, x in candidates.items()}
-        oracle = per_example.utilities(partial(row_losses, spec), state.params, v, first, chunk=1)
+        plain = replace(spec, attention="xla")
+        oracle = per_example.utilities(partial(row_losses, plain), state.params, v, first, chunk=1)
         found = {"audit_rank_agreement": rank_agreement(used.utilities[:count], oracle)}
         if approximates_products(config.selection):
             exact = replace(chooser, config=with_exact_products(config)).ask(v, proxy_gradient, key, rows)

@@ -61,7 +61,7 @@ class Parts:
 
     @cached_property
     def evaluate(self) -> Evaluator:
-        reader = RowReader(self.records, "validation")
+        reader = self.reader("validation")
         return make_evaluator(
             self.spec, self.mesh, reader, self.manifest, self.tokenizer.token_bytes, self.config.evaluation
         )
@@ -84,7 +84,7 @@ class Parts:
         return abstract_state(self.spec, self.optimizer, self.mesh, directed=self.directed)
 
     def reader(self, split: str) -> RowReader:
-        return RowReader(self.records, split)
+        return RowReader(self.records, split, lenient=self.config.corpus.lenient)
 
     @cached_property
     def candidate_reader(self) -> Reader:
@@ -126,7 +126,7 @@ def build(config: Config, *, progress: bool = True) -> Parts:
 def optimizer_for(spec: ModelSpec, config: Config) -> Optimizer:
     """The configured optimizer, fitted to the model's parameters."""
     shapes = jax.eval_shape(lambda: transformer.init(spec, jax.random.key(0)))
-    return make_optimizer(config.optimizer, config.run.steps, shapes)
+    return make_optimizer(config.optimizer, config.run.steps, shapes, transformer.logical_axes(spec))
 
 
 def buffers_of(config: Config) -> Buffers:

@@ -20,7 +20,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from opus_jax.errors import UserError
+from opus_jax.distributed.lost import lost_process
+from opus_jax.errors import LostProcessError, UserError
 from opus_jax.training import checkpoint_format, integrity
 
 Say = Callable[[str], None]
@@ -34,14 +35,24 @@ class Checkpoints:
 
     Args:
       directory: usually `<run folder>/checkpoints`; made when absent.
-      keep: how many of the newest stay.
+      keep: how many of the newest lasting ones stay.
       best: whether the one with the lowest metric stays too.
+      lasting: of a step, whether its checkpoint lasts; any other is there until the next one is. The default: all do.
+      host_bytes: how much of the state is copied off the devices at a time, and one array at least; saving then waits
+        until all is written. None = the whole state at once, written while the training goes on.
       say: takes each warning, one line; the default prints to standard error.
+      committed: called by process 0, in the background, when a save is whole; what it raises, the save raises.
     """
 
-    def __init__(self, directory: str | Path, keep: int, best: bool, *, say: Say | None = None):
+    def __init__(
+        self, directory: str | Path, keep: int, best: bool, *,
+        lasting: Callable[[int], bool] = lambda step: True, host_bytes: int | None = None, say: Say | None = None,
+        committed: Callable[[], None] | None = None,
+    ):  # fmt: skip
         self.directory = Path(directory).absolute()
-        self._keep, self._best = keep, best
+        self._keeping = checkpoint_format.Keeping(keep, best, lasting)
+        self._host_bytes = host_bytes
+        self._committed = committed
         self._say = (say or _print) if jax.process_index() == 0 else _silent
         self._checkpointer: Any | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -56,6 +67,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(error, LostProcessError):
+            return  # a save on its way would wait for the process that has gone
         try:
             self.close()
         except UserError as failure:
@@ -72,6 +85,8 @@ class Checkpoints:
         self, step: int, state: Any, data: dict[str, np.ndarray], meta: dict[str, Any], metric: float | None = None
     ) -> None:
         """Start saving; returns when the arrays are copied off the devices (and an earlier save has ended).
+
+        With a limit on the host's memory, returns when everything is on disk.
 
         Args:
           state: pytree of arrays. The caller may donate its buffers to the next step at once.
@@ -92,6 +107,8 @@ class Checkpoints:
             raise self._failure(step, error) from error
         assert response is not None, "force=True saves whatever the policy says"
         self._saving = step, self._thread.submit(self._finish, step, response)
+        if self._host_bytes is not None:
+            self.wait()
 
     def check(self) -> None:
         """Raise UserError if the save in the background has failed by now; never waits."""
@@ -156,7 +173,7 @@ class Checkpoints:
     def _open(self) -> Any:
         """Opened at the first save, when `restore` has set damaged steps aside: they must not count as kept."""
         if self._checkpointer is None:
-            self._checkpointer = checkpoint_format.open_checkpointer(self.directory, self._keep, self._best)
+            self._checkpointer = checkpoint_format.open_checkpointer(self.directory, self._keeping, self._host_bytes)
         return self._checkpointer
 
     def _finish(self, step: int, response: Any) -> None:
@@ -164,8 +181,12 @@ class Checkpoints:
         if jax.process_index() == 0:
             integrity.write_hashes(self.directory, step)
             integrity.remove_orphans(self.directory)
+            if self._committed is not None:
+                self._committed()
 
-    def _failure(self, step: int, error: Exception) -> UserError:
+    def _failure(self, step: int, error: Exception) -> UserError | LostProcessError:
+        if jax.process_count() > 1 and _is_of_runtime(error):
+            return lost_process(error)  # a save ends with a barrier of all processes
         good = [s for s in self.steps() if s != step]
         last = f"the last good checkpoint is step {good[-1]}" if good else "there is no earlier checkpoint"
         return UserError(f"saving step {step} to {self.directory} failed: {_cause(error)}; {last}")
@@ -305,6 +326,13 @@ def _all_agree(good: bool) -> bool:
 def _barrier(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def _is_of_runtime(error: BaseException | None) -> bool:
+    """Whether JAX's runtime raised it, or what it was raised from."""
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _cause(error: BaseException) -> str:

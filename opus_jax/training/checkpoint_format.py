@@ -6,23 +6,70 @@ A step's folder holds `state` (arrays with shardings), `data` (NumPy arrays) and
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.serialization import types as serialization  # v1 has no public name for these
 
 TEMPORARY = ".orbax-checkpoint-tmp"
 
+# Orbax measures how long a save takes by a clock that can be set, so that a jump of it would fail the save; that a save
+# hangs is for the run's watchdog to notice.
+_NEVER_SECONDS = 10 * 365 * 24 * 3600
 
-def open_checkpointer(directory: Path, keep: int, best: bool) -> ocp.training.Checkpointer:
-    """Saves whenever asked; keeps the newest `keep` steps and, when `best`, the one with the lowest metric."""
+
+@dataclass(frozen=True)
+class Keeping:
+    """Which checkpoints stay: the newest of all, the newest `count` of the lasting, and if wanted the best.
+
+    Attributes:
+      lasting: of a step; a checkpoint of any other step goes when the next one is there.
+      best: whether the one with the lowest metric stays.
+    """
+
+    count: int
+    best: bool
+    lasting: Callable[[int], bool]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax asks this, oldest first, when a save is on its way."""
+        lasting = [info.step for info in checkpoints if self.lasting(info.step)]
+        kept = {*lasting[-self.count :], *(info.step for info in checkpoints[-1:])}
+        measured = [info for info in checkpoints if info.metrics]
+        if self.best and measured:
+            kept.add(min(measured, key=lambda info: (info.metrics["metric"], -info.step)).step)
+        return [info.step in kept for info in checkpoints]
+
+
+class _LimitedTransfers(serialization.DefaultSerializationStatusCallback):
+    """Without it every array is copied at once, whatever the limit."""
+
+    def key_priority(self, _: Any) -> serialization.TransferPriority:
+        return serialization.TransferPriority.ASYNCHRONOUS_PRIORITIZED
+
+
+def open_checkpointer(directory: Path, keeping: Keeping, host_bytes: int | None) -> ocp.training.Checkpointer:
+    """Saves whenever asked.
+
+    Args:
+      host_bytes: how much of the state a process copies off its devices at a time, and one array at least; the state
+        must not change before the save has ended. None = all of it at once, and then the state may change.
+    """
+    context = ocp.Context()
+    context.asynchronous.timeout_secs = _NEVER_SECONDS
+    if host_bytes is not None:
+        context.memory.transfer_concurrent_bytes = host_bytes
+        context.memory.serialization_status_callback = _LimitedTransfers()
     return ocp.training.Checkpointer(
         directory,
+        context=context,
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-        preservation_policy=_preservation(keep, best),
+        preservation_policy=keeping,
     )
 
 
@@ -69,17 +116,6 @@ def quiet_orbax() -> None:
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
-
-
-def _preservation(keep: int, best: bool) -> Any:
-    policies = ocp.training.preservation_policies
-    newest = policies.LatestN(keep)
-    if not best:
-        return newest
-    lowest = policies.BestN(
-        get_metric_fn=lambda metrics: metrics["metric"], reverse=True, n=1, keep_checkpoints_without_metrics=False
-    )
-    return policies.AnyPreservationPolicy([newest, lowest])
 
 
 def _unpack(data: Any, meta: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from opus_jax.config import Config
-from opus_jax.distributed.axes import tree_shardings
+from opus_jax.distributed.agreement import same_fate
+from opus_jax.distributed.axes import place, tree_shardings
 from opus_jax.models import decoding, transformer
 from opus_jax.training.build import Parts, build
 from opus_jax.training.checkpoint import load_params
@@ -51,8 +52,9 @@ def generate_text(
 
 
 def _load(run_dir: Path, overrides: tuple[str, ...]) -> tuple[Parts, Any, int]:
-    config = Config.load(run_dir, overrides)
-    loaded, step, _ = load_params(run_dir)
-    parts = build(config)
+    with same_fate():
+        config = Config.load(run_dir, overrides)
+        loaded, step, _ = load_params(run_dir)
+        parts = build(config, progress=jax.process_index() == 0)
     shardings = tree_shardings(parts.mesh, transformer.logical_axes(parts.spec), loaded)
-    return parts, jax.device_put(loaded, shardings), step
+    return parts, jax.tree.map(place, loaded, shardings), step

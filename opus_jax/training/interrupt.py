@@ -7,25 +7,36 @@ from contextlib import contextmanager
 from typing import Any
 
 
-@contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C stops at once, without saving.
+class StopRequest:
+    """The first signal that has asked this process to stop: SIGINT, SIGTERM, or None so far."""
 
-    Outside the main thread (a notebook's worker, say) signals cannot be caught and the event is never set.
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+
+@contextmanager
+def stop_signals(*, sigterm: bool = True) -> Iterator[StopRequest]:
+    """What Ctrl-C or SIGTERM asks for; a second Ctrl-C stops at once, without saving.
+
+    Outside the main thread (a notebook's worker, say) signals cannot be caught and nothing is ever asked.
+
+    Args:
+      sigterm: False leaves SIGTERM to whoever catches it already (JAX's preemption service).
     """
-    stop = threading.Event()
+    asked = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield asked
         return
 
     def ask(number: int, frame: Any) -> None:
-        if stop.is_set() and number == signal.SIGINT:
+        if asked.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.set()
+        asked.signal = asked.signal or signal.Signals(number)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    caught = (signal.SIGINT, signal.SIGTERM) if sigterm else (signal.SIGINT,)
+    before = {number: signal.signal(number, ask) for number in caught}
     try:
-        yield stop
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -22,11 +22,12 @@ Reader = RowReader | WithProxyRows
 
 def candidate_reader(records: Path, manifest: Manifest, config: Config) -> Reader:
     """The training rows, and behind them the proxy rows where these shall be trained on too."""
-    train = RowReader(records, "train")
+    lenient = config.corpus.lenient
+    train = RowReader(records, "train", lenient=lenient)
     if not config.plan.proxy_rows_share:
         return train
     rows = proxy_row_indices(proxy_plan(manifest, config))
-    return WithProxyRows(train, RowReader(records, "proxy"), rows)
+    return WithProxyRows(train, RowReader(records, "proxy", lenient=lenient), rows)
 
 
 def first_plan(reader: Reader, records: Path, manifest: Manifest, config: Config) -> Plan:

@@ -9,11 +9,12 @@ import jax
 import numpy as np
 
 from opus_jax.config import Config
-from opus_jax.errors import NonFiniteLossError
 from opus_jax.training import digest
 from opus_jax.training.audit import WARN_BELOW
 from opus_jax.training.costs import StepCosts
+from opus_jax.training.goodput import Goodput
 from opus_jax.training.metrics import MetricsWriter
+from opus_jax.training.nonfinite import left_out_update
 from opus_jax.training.progress import Progress
 from opus_jax.training.scoring import SCORING_METHODS
 from opus_jax.training.selection_log import SelectionLog
@@ -29,7 +30,7 @@ class Done:
     """
 
     step: int
-    host: Mapping[str, np.ndarray]  # the candidate rows
+    host: Mapping[str, np.ndarray]  # the candidate rows; ids and domains of all, whatever process has their tokens
     metrics: Mapping[str, jax.Array]
     audit: Mapping[str, jax.Array] | None
     waited: float
@@ -42,10 +43,11 @@ class Recorder:
 
     def __init__(
         self, config: Config, domains: list[str], costs: StepCosts, totals: Totals, steering: Steering,
-        writer: MetricsWriter | None, log: SelectionLog | None, progress: Progress,
+        writer: MetricsWriter | None, log: SelectionLog | None, progress: Progress, goodput: Goodput,
     ):  # fmt: skip
         self.config, self.domains, self.costs, self.totals = config, domains, costs, totals
         self.steering, self.writer, self.log, self.progress = steering, writer, log, progress
+        self.goodput = goodput
         self._finished = time.perf_counter()
 
     def restart_clock(self) -> None:
@@ -73,12 +75,14 @@ class Recorder:
         if due or done.audit is not None:
             self._write(line)
         self.progress.update(done.step, line)
-        if not np.isfinite(metrics["loss"]):
-            ids = np.asarray(done.host["example_id"])[metrics["indices"]].tolist()
-            raise NonFiniteLossError(
-                f"the loss is {metrics['loss']} at step {done.step}, on rows {ids}: lower optimizer.learning_rate "
-                "in another run.dir; the checkpoints before this step are intact"
-            )
+        rows = np.asarray(done.host["example_id"])
+        self._warn(unreadable_rows(done.step, rows[metrics["unreadable"]].tolist()))
+        trained = rows[metrics["indices"]].tolist()
+        self._warn(left_out_update(done.step, trained, metrics, self.totals.skipped_updates, self.config.run))
+
+    def _warn(self, warning: str | None) -> None:
+        if warning is not None:
+            self.progress.warn(warning)
 
     def evaluated(self, step: int, bits: dict[str, float], target: float) -> None:
         """Log an evaluation: bits per byte by domain, and over the target domains."""
@@ -100,7 +104,9 @@ class Recorder:
     def _count(self, done: Done, metrics: dict[str, Any], seconds: float) -> None:
         totals, tokens = self.totals, int(metrics["update_tokens"])
         totals.update_tokens += tokens
-        totals.seen_tokens += int(done.host["loss_mask"].sum())
+        totals.skipped_updates += int(metrics["skipped"])
+        totals.unreadable_rows += int(metrics["unreadable"].sum())
+        totals.seen_tokens += int(metrics["seen_tokens"])
         totals.update_flops += self.costs.training(done.step - 1, self.steering.buffers)
         totals.selection_flops += self.costs.selection(done.step - 1, self.config, self.steering.buffers)
         totals.audit_flops += self.costs.audit if done.audit is not None else 0
@@ -146,12 +152,21 @@ class Recorder:
 
     def _totals(self) -> dict[str, Any]:
         totals = self.totals
+        self.goodput.stamp(totals)
         return {
             "update_tokens": totals.update_tokens,
             "seen_tokens": totals.seen_tokens,
             "flops": totals.flops,
             "scoring_overhead": totals.scoring_overhead,
+            "goodput_seconds": totals.goodput,
+            "skipped_updates": totals.skipped_updates,
+            "unreadable_rows": totals.unreadable_rows,
         }
+
+
+def unreadable_rows(step: int, rows: list[int]) -> str | None:
+    """The warning for a step that was offered rows whose records cannot be read, if any."""
+    return f"step {step}: rows {rows} cannot be read and stand there without text" if rows else None
 
 
 def _log_columns(host: Mapping[str, np.ndarray], metrics: dict[str, Any], scored: bool) -> dict[str, np.ndarray]:
@@ -171,4 +186,6 @@ def _of_all_rows(rows: int) -> dict[str, np.ndarray]:
         "nonfinite_direction": np.asarray(0),
         "nonfinite_utilities": np.asarray(0),
         "document_share": np.asarray(1.0),
+        "skipped": np.asarray(False),
+        "unreadable": np.zeros(rows, bool),
     }

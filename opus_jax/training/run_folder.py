@@ -1,8 +1,11 @@
 """A run folder: who may write to it, what it was made from, and how it ended."""
 
+import errno
 import json
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ import jax
 from omegaconf import OmegaConf
 
 from opus_jax.config import Config, changed_keys
+from opus_jax.data.records import sha256
+from opus_jax.distributed.agreement import of_first, same_fate
 from opus_jax.errors import UserError
 from opus_jax.training.atomic import write_atomic
 from opus_jax.training.environment import describe_environment
@@ -18,30 +23,67 @@ from opus_jax.training.strict_json import encode
 
 CONFIG, ENVIRONMENT, RECORDS, SUMMARY = "config.yaml", "environment.json", "records.json", "summary.json"
 
+_VISIBLE_SECONDS = 60.0  # network file systems show a new file late
+
 
 @contextmanager
 def open_run_folder(run_dir: str | Path, config: Config) -> Iterator[Path]:
-    """Make the folder if needed, hold it for this process, and write config.yaml and environment.json.
+    """Make the folder if needed, hold it for this run, and write config.yaml and environment.json.
 
     Only process 0 of several writes and holds the lock.
 
     Raises:
-      UserError: the folder cannot be made, another process trains in it, or its configuration differs.
+      UserError: the folder cannot be made, another run holds it, its configuration differs, or a process does not see
+        it.
     """
     folder = Path(run_dir)
-    if jax.process_index() != 0:
+    with ExitStack() as held:
+        with same_fate():
+            if jax.process_index() == 0:
+                held.enter_context(_held(folder, config))
+        _require_shared(folder)
         yield folder
-        return
+
+
+@contextmanager
+def _held(folder: Path, config: Config) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the run folder {folder} ({error.strerror}): choose another run.dir") from None
     with run_lock(folder):
         refuse_changed_config(folder, config)
-        if not has_begun(folder):
-            write_atomic(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config.to_mapping())))
+        write_atomic(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config.to_mapping())))
         write_atomic(folder / ENVIRONMENT, encode(_with_earlier(folder, describe_environment()), indent=1))
-        yield folder
+        yield
+
+
+def _require_shared(folder: Path) -> None:
+    """Raise UserError in every process unless all see what process 0 has just written, if need be a little later."""
+    written = of_first(lambda: sha256(folder / ENVIRONMENT))
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    with same_fate():
+        while not ((folder / ENVIRONMENT).is_file() and sha256(folder / ENVIRONMENT) == written):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{folder.absolute()} on {socket.gethostname()} is not the folder that process 0 writes to: "
+                    "run.dir must be on a disk that all machines share, under the same path"
+                )
+            time.sleep(0.1)
+
+
+@contextmanager
+def needing_space(folder: Path) -> Iterator[None]:
+    """Raise UserError for a log that cannot be written in the block because the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}): free some space; the same command then goes on from the "
+            "newest checkpoint"
+        ) from error
 
 
 def refuse_changed_config(run_dir: str | Path, config: Config) -> None:

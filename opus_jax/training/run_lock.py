@@ -2,13 +2,15 @@
 
 The kernel's lock on the file `lock` goes when its process dies, however it dies, so a lock of a dead process on this
 machine is taken over at once. On a shared disk another machine may not see that lock; it sees the holder's name in
-the file, and that its time is refreshed as long as the holder lives.
+the file, and that its time is refreshed as long as the holder lives. Whether it is, is watched for a while: the age of
+the file would be a comparison of two machines' clocks, either of which can be wrong or be set.
 """
 
 import fcntl
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from opus_jax.errors import UserError
 
 NAME = "lock"
 _REFRESH_SECONDS = 30.0
-_STALE_SECONDS = 180.0
+_STALE_SECONDS = 100.0  # longer than three times the above
 
 
 @contextmanager
@@ -51,20 +53,28 @@ def _take(file: Path, handle: TextIO) -> None:
         raise _held(file) from None
     holder = _holder(file)
     here = socket.gethostname()
-    if holder and holder["host"] != here and time.time() - file.stat().st_mtime < _STALE_SECONDS:
+    if holder and holder["host"] != here and _is_refreshed(file):
         raise _held(file)
     handle.truncate(0)
     handle.write(json.dumps({"host": here, "pid": os.getpid()}))
     handle.flush()
 
 
+def _is_refreshed(file: Path) -> bool:
+    """Whether the file's time changes within `_STALE_SECONDS`; waits until it does."""
+    before, start = file.stat().st_mtime_ns, time.monotonic()
+    print(f"{file} names a process of another machine: waiting to see whether it lives", file=sys.stderr, flush=True)
+    while time.monotonic() - start < _STALE_SECONDS:
+        time.sleep(min(1.0, _REFRESH_SECONDS))
+        if file.stat().st_mtime_ns != before:
+            return True
+    return False
+
+
 def _held(file: Path) -> UserError:
     holder = _holder(file)
     who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
-    return UserError(
-        f"{who} is training in {file.parent}: wait for it, stop it, or choose another run.dir "
-        f"(if it is dead, its lock is given up {_STALE_SECONDS:.0f} seconds after its end)"
-    )
+    return UserError(f"{who} is training in {file.parent}: wait for it, stop it, or choose another run.dir")
 
 
 def _holder(file: Path) -> dict[str, str | int]:

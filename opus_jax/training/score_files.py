@@ -12,16 +12,18 @@ Every file appears whole or not at all, so whatever is there after a kill is goo
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Shaped
 
 from opus_jax.config import dotted
+from opus_jax.distributed.agreement import same_fate
 from opus_jax.errors import UserError
 from opus_jax.training.atomic import remove_partial_files, write_atomic
 from opus_jax.training.run_lock import NAME as LOCK
@@ -43,11 +45,20 @@ PART_SCHEMA = pa.schema(
 
 @contextmanager
 def open_scores(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """Make the folder if needed, hold it for this process, and note the settings.
+    """Make the folder if needed, hold it for this command, and note the settings. Only process 0 of several writes.
 
     Raises:
       UserError: the folder cannot be written, another process holds it, or holds scores of other settings.
     """
+    with ExitStack() as held:
+        with same_fate():
+            if jax.process_index() == 0:
+                held.enter_context(_opened(folder, settings))
+        yield
+
+
+@contextmanager
+def _opened(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
     try:
         (folder / PARTS).mkdir(parents=True, exist_ok=True)
         (folder / LOCK).touch()

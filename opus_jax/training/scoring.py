@@ -267,7 +267,8 @@ class Chooser:
 
     @property
     def _scoring_spec(self) -> ModelSpec:
-        return replace(self.spec, dtype=self.config.selection.dtype or self.spec.dtype)
+        """Forward mode and per-example gradients pass no fused attention."""
+        return replace(self.spec, dtype=self.config.selection.dtype or self.spec.dtype, attention="xla")
 
     def _row_losses(self, params: Any, rows: Batch) -> Float[Array, " n"]:
         return row_losses(self._scoring_spec, params, rows)

@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from opus_jax.distributed.axes import replicated, tree_shardings
+from opus_jax.distributed.axes import place, replicated, tree_shardings
 from opus_jax.models import transformer
 from opus_jax.models.presets import ModelSpec
 from opus_jax.optim.optimizers import Optimizer, opt_state_logical_axes
@@ -53,9 +54,7 @@ def init_state(
         state = jax.jit(build, out_shardings=state_shardings(spec, optimizer, mesh, directed=directed))()
     if params is None:
         return state
-    placed = jax.tree.map(
-        lambda new, old: jax.device_put(jnp.asarray(new, old.dtype), old.sharding), params, state.params
-    )
+    placed = jax.tree.map(lambda new, old: place(np.asarray(new, old.dtype), old.sharding), params, state.params)
     return TrainState(state.step, placed, state.opt_state, state.reference_gradient, state.proxy_gradient, state.key)
 
 

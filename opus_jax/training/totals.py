@@ -23,10 +23,15 @@ class Totals:
     timed_seconds: float = 0.0  # steps only: without compilation, evaluation and saving
     offered: list[int] = field(default_factory=list)  # candidate rows by domain
     selected: list[int] = field(default_factory=list)  # update rows by domain
+    skipped_updates: int = 0  # steps without an update, because loss or gradient was not finite
+    unreadable_rows: int = 0  # candidate rows whose record could not be read
     loss_digest: str = digest.EMPTY
     batch_digest: str = digest.EMPTY
     bits_per_byte: dict[str, float] = field(default_factory=dict)  # last evaluation, by domain
     target_bits_per_byte: float | None = None
+    goodput: dict[str, float] = field(default_factory=dict)  # seconds of all attempts, by category (goodput.py)
+    attempts: int = 0  # starts of this run that the seconds are of
+    stamped: float = 0.0  # when the seconds were brought up to date; seconds since 1970
 
     @staticmethod
     def start(domains: int) -> "Totals":

@@ -20,9 +20,10 @@ N, T, D, F = 8, 128, 256, 640  # over two ways of the batch axes and two of "ten
 # Compiles all forms for the slice named by the argument, by the platform of the mesh; the default device is a CPU.
 CHILD = f"""
 import json, re, sys
+from collections import Counter
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from opus_jax.distributed.compile import count_collectives
+from opus_jax.distributed.hlo import collectives
 from opus_jax.distributed.mesh import AXES
 from opus_jax.distributed.topology import absent_devices, parse_topology
 from pallas_kernels.count_sketch.api import count_sketch
@@ -41,7 +42,7 @@ def figures(function, *arguments):
         "calls": text.count('custom_call_target="tpu_custom_call"'),
         "gradients": re.findall(r"\\w+\\[\\d+,{D},(?:{F}|{F // 2})\\]", text),
         "flops": compiled.cost_analysis()["flops"],
-        "collectives": count_collectives(text),
+        "collectives": Counter(x.kind for x in collectives(text, mesh)),
     }}
 
 a, b = shape(({N}, {T}, {D}), jnp.bfloat16, "data"), shape(({N}, {T}, {F}), jnp.bfloat16, "data", None, "tensor")

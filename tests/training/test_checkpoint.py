@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint._src.serialization import replica_slices
 
 sys.path.insert(0, str(Path(__file__).parent))
 from checkpoint_states import DATA, META, abstract, make_mesh, make_small_state, make_state, state_hash
@@ -104,6 +107,47 @@ def test_keeps_the_newest_and_the_best(tmp_path):
         checkpoints.wait()
         assert checkpoints.steps() == [2, 5, 6]
     assert sorted(f.name for f in (tmp_path / "integrity").iterdir()) == ["2.json", "5.json", "6.json"]
+
+
+def test_a_temporary_checkpoint_goes_when_the_next_is_there(tmp_path):
+    def lasting(step):
+        return step % 10 == 0
+
+    seen = []
+    with Checkpoints(tmp_path, 2, False, lasting=lasting) as checkpoints:
+        for step in (5, 10, 13, 16, 20, 23):
+            checkpoints.save(step, {"x": np.arange(3)}, {}, {})
+            checkpoints.wait()
+            seen.append(checkpoints.steps())
+    assert seen == [[5], [10], [10, 13], [10, 16], [10, 20], [10, 20, 23]]
+    with Checkpoints(tmp_path, 2, False, lasting=lasting) as checkpoints:
+        checkpoints.save(27, {"x": np.arange(3)}, {}, {})
+    assert committed_steps(tmp_path) == [10, 20, 27], "after a restart too"
+
+
+@pytest.mark.parametrize("limit", [1, 40_000])
+def test_a_limit_on_host_memory_copies_a_few_arrays_at_a_time(tmp_path, monkeypatch, limit):
+    """The state is copied in parts that fit the limit, or one array at a time, and a donated buffer is not missed."""
+    copied = []
+    original = replica_slices.transfer_arrays_to_host
+
+    def note(arrays, *args, **kwargs):
+        copied.append(sum(array.nbytes for array in arrays))
+        return original(arrays, *args, **kwargs)
+
+    monkeypatch.setattr(replica_slices, "transfer_arrays_to_host", note)
+    state = {f"a{i}": jnp.full((64, 64), float(i)) for i in range(6)}  # 16 KB each
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x + 100, s), donate_argnums=0)
+    with Checkpoints(tmp_path, 2, False, host_bytes=limit) as checkpoints:
+        checkpoints.save(1, state, {}, {})
+        assert checkpoints.steps() == [1], "saved when it returns: the state may not change before"
+        step(state)
+        assert max(copied) <= max(limit, 64 * 64 * 4)
+        assert sum(copied) == 6 * 64 * 64 * 4
+        place = SingleDeviceSharding(jax.devices()[0])
+        like = {f"a{i}": jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=place) for i in range(6)}
+        restored = checkpoints.restore(like)[1]
+    assert [float(restored[f"a{i}"][0, 0]) for i in range(6)] == [0, 1, 2, 3, 4, 5]
 
 
 def test_nothing_saved_is_none_and_stale_folders_go(tmp_path, states, mesh):
@@ -221,6 +265,16 @@ def test_a_full_disk_stops_with_the_last_checkpoint_intact(tmp_path, mesh, state
 def _save_and_wait(checkpoints, step, state):
     checkpoints.save(step, state, DATA, META)
     checkpoints.wait()
+
+
+def test_a_clock_set_forward_while_saving_fails_nothing(tmp_path, monkeypatch):
+    clock = time.time
+    with Checkpoints(tmp_path, 2, False) as checkpoints:
+        checkpoints.save(1, {f"a{i}": jnp.ones((1000, 1000)) for i in range(8)}, {}, {})
+        time.sleep(0.05)
+        monkeypatch.setattr(time, "time", lambda: clock() + 86400)
+        checkpoints.wait()
+    assert committed_steps(tmp_path) == [1]
 
 
 def test_leaving_after_an_error_does_not_hide_it(tmp_path):

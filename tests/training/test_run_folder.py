@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -50,13 +51,20 @@ def test_the_second_trainer_is_refused_and_a_dead_one_is_replaced(tmp_path, hold
         pass
 
 
-def test_a_lock_of_another_machine_holds_while_it_is_refreshed(tmp_path):
-    lock = tmp_path / "lock"
+@pytest.mark.parametrize("clock", [0.0, 1e12], ids=["clock set back", "clock set forward"])
+def test_a_lock_of_another_machine_holds_while_it_is_refreshed(tmp_path, monkeypatch, clock):
+    """Seen by the file's time going on, whatever the clocks of the two machines say."""
+    monkeypatch.setattr(time, "time", lambda: clock)
+    monkeypatch.setattr(run_lock, "_REFRESH_SECONDS", 0.01)
+    monkeypatch.setattr(run_lock, "_STALE_SECONDS", 0.5)
+    lock, stop = tmp_path / "lock", threading.Event()
     lock.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    living = threading.Thread(target=run_lock._refresh, args=(lock, stop))
+    living.start()
     with pytest.raises(UserError, match="process 1 on elsewhere"), run_lock.run_lock(tmp_path):
         pass
-    long_ago = time.time() - run_lock._STALE_SECONDS - 1
-    os.utime(lock, (long_ago, long_ago))
+    stop.set()
+    living.join()
     with run_lock.run_lock(tmp_path):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
     assert lock.read_text() == ""

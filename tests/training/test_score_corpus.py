@@ -204,8 +204,8 @@ def test_rows_are_split_over_all_devices_and_the_mesh_changes_nothing(
 ) -> None:
     placed = []
 
-    def spy(batch: Any, mesh: Any) -> Any:
-        placed.append(put(batch, mesh))
+    def spy(batch: Any, mesh: Any, rows: int | None = None) -> Any:
+        placed.append(put(batch, mesh, rows))
         return placed[-1]
 
     put = scoring.put_rows
