@@ -290,7 +290,7 @@ def updates(config: Config, place: Place) -> Any:
 
 def step(config: Config, place: Place) -> Any:
     """The program of the training step on one device."""
-    return workshop(config, jax.devices()[:1]).train().as_text()
+    return workshop(config, jax.devices()[:1]).train().program.as_text()
 
 
 @or_refusal

@@ -25,6 +25,7 @@ def test_the_bare_step_computes_the_same_loss() -> None:
         assert ours(1) == pytest.approx(bare(1), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_score_quality_finds_that_utilities_rank_candidates(tmp_path: Path, small_run: dict) -> None:
     config = from_mapping(
         small_run,

@@ -214,6 +214,7 @@ def small_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "work"
 
 
+@pytest.mark.slow
 def test_runs_are_made_once_and_then_read(small_pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, place = _run("random", 1), Workplace(small_pool, workers=1, hasty=True)
     found = run_all([run], place)

@@ -48,6 +48,7 @@ def start(parts: Parts) -> Any:
     return parts.steering().controller
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_training(parts: Parts, moments: list[Moment]) -> None:
     """The first step's, by the function that the training step calls."""
     state = init_state(parts.spec, parts.optimizer, 0, parts.mesh, directed=True)
@@ -67,12 +68,14 @@ def test_scores_are_those_of_training(parts: Parts, moments: list[Moment]) -> No
         assert moments[0].scores[scorer] == pytest.approx(expected, abs=1e-3 * float(np.abs(expected).max()))
 
 
+@pytest.mark.slow
 def test_the_model_moves_and_factors_come_now_and_then(moments: list[Moment]) -> None:
     assert len(moments) == STEPS
     assert not np.allclose(moments[0].scores[EXACT], moments[-1].scores[EXACT])
     assert [RANDOM in moment.scores for moment in moments] == [True, False, False] * 2
 
 
+@pytest.mark.slow
 def test_a_kept_proxy_is_the_old_one(moments: list[Moment]) -> None:
     fresh, kept = Scorer(4, derivative="difference"), Scorer(4, derivative="difference", proxy=Proxy(5))
     same = [np.allclose(moment.scores[fresh], moment.scores[kept]) for moment in moments]
@@ -101,6 +104,7 @@ def test_what_is_used_is_what_is_counted(start: Any) -> None:
     assert mean_agreement(Setting(Scorer(4), 2), of_run, start, 2) == pytest.approx((1 + 1) / 4), "nothing counts as 0"
 
 
+@pytest.mark.slow
 def test_plans_lag_and_priors_do_not(moments: list[Moment], start: Any) -> None:
     """Windows of 2 steps: what is scored at step 0 is in the plan of step 4, and in a prior at step 1."""
     plans, prior = Plans(start, 2), Prior(start, 0.5)

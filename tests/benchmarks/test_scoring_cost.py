@@ -49,6 +49,7 @@ def found(parts: Parts, scorer: Scorer, scores: Any, monkeypatch: pytest.MonkeyP
     return scoring_cost.agreements(parts, scorer, STEPS)
 
 
+@pytest.mark.slow
 def test_every_step_is_scored_and_the_model_moves(scores: Any) -> None:
     assert [step for step, _, _ in scores] == list(range(STEPS))
     assert all(set(found) == set(scoring_cost.SCORINGS) for _, _, found in scores)

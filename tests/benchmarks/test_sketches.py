@@ -98,6 +98,7 @@ def test_a_tree_in_two_parts_is_whole_again(subject: speed.Subject) -> None:
     assert {leaf.ndim for leaf in jax.tree.leaves(fixed)} == {2}
 
 
+@pytest.mark.slow
 def test_fidelity_is_full_where_matrices_fit_and_less_where_they_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,10 +31,14 @@ ENGINES = {
 }  # fmt: skip
 
 FAST = ("directional", "replica")  # others have fast neighbours in test_step.py and test_step_engines.py
+PLACES = {  # of every engine two meshes, on every mesh two engines
+    "directional": ("replica", "fsdp"), "ghost": ("three", "data"), "per_example": ("fsdp", "data"),
+    "muon": ("three", "replica"),
+}  # fmt: skip
 ALL = [
     pytest.param(engine, mesh, marks=() if (engine, mesh) == FAST else pytest.mark.slow)
-    for engine in ENGINES
-    for mesh in MESHES
+    for engine, meshes in PLACES.items()
+    for mesh in meshes
 ]
 
 

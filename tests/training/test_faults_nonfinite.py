@@ -79,6 +79,7 @@ def test_skipped_updates_are_counted_and_survive_a_resume(tmp_path: Any, poison:
     assert [line["step"] for line in logged if line["loss"] is None] == [3, 4], "the digests take them in too"
 
 
+@pytest.mark.slow
 def test_one_skip_too_many_stops_the_run_and_stop_may_be_changed_to_skip(tmp_path: Any, poison: Any) -> None:
     poison(3, 4)
     with pytest.raises(NonFiniteLossError, match=r"nan at step 3, on rows \[.*run.on_nonfinite=skip"):

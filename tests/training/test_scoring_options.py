@@ -15,6 +15,7 @@ from opus_jax.influence import per_example
 from opus_jax.models.loss import batch_loss, token_losses
 from opus_jax.training.batches import window, without
 from opus_jax.training.feed import put_rows
+from opus_jax.training.goodput import Goodput
 from opus_jax.training.recorder import Done, Recorder
 from opus_jax.training.scoring import Chooser
 from opus_jax.training.totals import Totals
@@ -200,7 +201,7 @@ def test_broken_utilities_are_counted_in_the_line_and_left_out_of_its_mean() -> 
         "selected_at_random": False, "nonfinite_direction": 0, "learning_rate": 0.1, "grad_norm": 1.0,
     }  # fmt: skip
     recorder = Recorder.__new__(Recorder)
-    recorder.domains, recorder.totals = ["prose"], Totals.start(1)
+    recorder.domains, recorder.totals, recorder.goodput = ["prose"], Totals.start(1), Goodput()
     done = Done(4, {"domain_id": np.zeros(3, int)}, {}, None, 0.0, True)
     line = recorder._line(done, metrics, 1.0, scored=True)
     assert (line["utility_mean"], line["utility_sd"]) == (2.0, 1.0)

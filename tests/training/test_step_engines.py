@@ -74,6 +74,7 @@ def test_taps_split_over_a_mesh_pick_as_one(expected):
     np.testing.assert_array_equal(found["indices"], expected[0])
 
 
+@pytest.mark.slow
 def test_narrow_sketches_lose_little():
     whole = scored("selection.engine=ghost", "selection.parameters=blocks", "selection.direction=adamw_frozen")
     sketch = ("selection.sketch=count", "selection.sketch_width=512", "selection.sketched_utilities=true")
