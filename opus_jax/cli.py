@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"opus-jax {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
         if code in (FAILED, USER_MISTAKE):
-            _leave_at_once(code)
+            _leave_at_once(code, together=code == USER_MISTAKE)
         return code
     except KeyboardInterrupt:
         print(f"opus-jax {args.command}: interrupted", file=sys.stderr)
@@ -59,12 +59,12 @@ def main(arguments: list[str] | None = None) -> int:
         raise
 
 
-def _leave_at_once(code: int, said: str = "") -> None:
+def _leave_at_once(code: int, said: str = "", *, together: bool = False) -> None:
     """Where other processes would be waited for in vain; before JAX has been imported there are none."""
     if "jax" in sys.modules:
         from opus_jax.distributed.lost import leave_at_once
 
-        leave_at_once(code, said)
+        leave_at_once(code, said, together=together)
 
 
 # --------------------------------------------------------------------------------------------- commands

@@ -87,7 +87,7 @@ def _gathered(value: Any) -> list[Any]:
     processes, me = jax.process_count(), jax.process_index()
     if processes == 1:
         return [value]
-    client, key = _client(), f"opus_jax/{next(_calls)}"
+    client, key = coordination_client(), f"opus_jax/{next(_calls)}"
     client.key_value_set(f"{key}/said/{me}", json.dumps(value))
     found = [json.loads(client.blocking_key_value_get(f"{key}/said/{p}", _PATIENCE_MS)) for p in range(processes)]
     if me != 0:
@@ -99,7 +99,8 @@ def _gathered(value: Any) -> list[Any]:
     return found
 
 
-def _client() -> Any:
+def coordination_client() -> Any:
+    """JAX's client of the service that runs in process 0: keys and values that all processes see."""
     from jax._src.distributed import global_state  # the service has no public name
 
     if global_state.client is None:

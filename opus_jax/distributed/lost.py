@@ -6,12 +6,16 @@ connection is noticed at once, as an error of the computation that needed it.
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
 
+from opus_jax.distributed.agreement import coordination_client
 from opus_jax.errors import LostProcessError
+
+_LEAVE_SECONDS = 5.0
 
 
 @contextmanager
@@ -35,12 +39,32 @@ def lost_process(error: BaseException) -> LostProcessError:
     )
 
 
-def leave_at_once(code: int, said: str = "") -> None:
+def leave_at_once(code: int, said: str = "", *, together: bool = False) -> None:
     """End a process that has failed, saying why, where it is one of several; return where it is alone.
 
     The orderly end would wait for all the others, and then abort with a stack instead of this exit code.
+
+    Args:
+      together: the others have heard the same reason and are leaving too.
     """
     if jax.distributed.is_initialized():
         print(said, end="", file=sys.stderr, flush=True)
         sys.stdout.flush()
+        if together:
+            _last_of_all()
         os._exit(code)
+
+
+def _last_of_all() -> None:
+    """Process 0 waits a little for the others: without its service they abort before they have said why they end."""
+    client, me = coordination_client(), jax.process_index()
+    if me != 0:
+        client.key_value_set(f"opus_jax/leaving/{me}", "")
+        return
+    end = time.monotonic() + _LEAVE_SECONDS
+    for process in range(1, jax.process_count()):
+        try:
+            left = max(int(1000 * (end - time.monotonic())), 1)
+            client.blocking_key_value_get(f"opus_jax/leaving/{process}", left)
+        except jax.errors.JaxRuntimeError:
+            return
