@@ -16,6 +16,7 @@ def test_one_step_serves_training_benchmarks_and_compilation() -> None:
     assert score_quality.build is build.build
 
 
+@pytest.mark.slow
 def test_the_bare_step_computes_the_same_loss() -> None:
     config = framework_overhead._config()
     spec = framework_overhead.resolve(config.model, 2048, 128)

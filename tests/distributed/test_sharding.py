@@ -30,18 +30,14 @@ ENGINES = {
     "muon": ("optimizer.name=muon", "model.layers=3"),
 }  # fmt: skip
 
-FAST = ("directional", "replica")  # others have fast neighbours in test_step.py and test_step_engines.py
 PLACES = {  # of every engine two meshes, on every mesh two engines
     "directional": ("replica", "fsdp"), "ghost": ("three", "data"), "per_example": ("fsdp", "data"),
     "muon": ("three", "replica"),
 }  # fmt: skip
-ALL = [
-    pytest.param(engine, mesh, marks=() if (engine, mesh) == FAST else pytest.mark.slow)
-    for engine, meshes in PLACES.items()
-    for mesh in meshes
-]
+ALL = [(engine, mesh) for engine, meshes in PLACES.items() for mesh in meshes]
 
 
+@pytest.mark.slow  # fast neighbours are in test_step.py and test_step_engines.py
 @pytest.mark.parametrize(("engine", "mesh"), ALL)
 def test_eight_devices_do_what_one_does(engine: str, mesh: str) -> None:
     whole, (split, run) = one_device(engine), history(engine, 8, *MESHES[mesh])

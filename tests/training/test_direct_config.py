@@ -48,7 +48,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
 def test_it_trains_and_steers_the_stream(devices: int, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "make_mesh", lambda config: make_mesh(config, jax.devices()[:devices]))
     summary = train(shortened(root, f"on_{devices}"), progress=False)

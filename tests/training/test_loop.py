@@ -99,7 +99,7 @@ def test_resume_removes_what_the_logs_had_beyond_the_checkpoint(root: Path, undi
     assert selection_rows(run).equals(selection_rows(root / "undisturbed"))
 
 
-@pytest.mark.parametrize("damage", ["flip", "empty"])
+@pytest.mark.parametrize("damage", ["flip", pytest.param("empty", marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_is_passed_over(
     root: Path, undisturbed: dict[str, Any], damage: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,6 +242,7 @@ def long_config(root: Path, run: str) -> Config:
     return from_mapping(settings)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_interrupted_the_run_ends_as_if_nothing_had_happened(root: Path) -> None:
     whole = finish(long_config(root, "whole"), root)
     config, run = long_config(root, "killed"), root / "killed"

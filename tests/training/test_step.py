@@ -151,7 +151,7 @@ def test_without_a_warm_start_the_first_direction_is_taken_at_a_random_batch() -
 @pytest.mark.parametrize(
     ("optimizer", "override", "devices"),
     [
-        ("muon", "batch.microbatch=2 selection.score_chunk=4", 1),
+        pytest.param("muon", "batch.microbatch=2 selection.score_chunk=4", 1, marks=pytest.mark.slow),
         ("adamw", "model.remat=full", 1),
         ("adamw", "mesh.data=8", 8),
         ("muon", "mesh.fsdp=2 mesh.tensor=2", 8),
@@ -204,7 +204,10 @@ def test_methods() -> None:
 
 @pytest.mark.parametrize(
     ("how", "self_term"),
-    [("selection.engine=per_example", 0.5), ("selection.redundancy_rounds=8", 0.0)],
+    [
+        ("selection.engine=per_example", 0.5),
+        pytest.param("selection.redundancy_rounds=8", 0.0, marks=pytest.mark.slow),
+    ],
     ids=["by the Gram matrix", "in as many rounds as picks"],
 )
 def test_redundancy_is_the_formula(how: str, self_term: float) -> None:
@@ -285,6 +288,7 @@ def test_random_windows_lie_somewhere_else_at_every_step() -> None:
     np.testing.assert_array_equal(prefix, whole[:, :4])
 
 
+@pytest.mark.slow
 def test_scoring_window_sees_only_the_first_tokens() -> None:
     """With v = g_proxy a utility depends on the candidate's own tokens and on nothing else of the buffer."""
 

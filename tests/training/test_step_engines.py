@@ -69,6 +69,7 @@ def test_eight_devices_pick_as_one(expected):
     np.testing.assert_array_equal(scored(*GREEDY, *whole, *mesh, devices=8)["indices"], expected[0])
 
 
+@pytest.mark.slow
 def test_taps_split_over_a_mesh_pick_as_one(expected):
     found = scored(*GREEDY, "selection.engine=ghost", *WIDE, "mesh.fsdp=4", "mesh.tensor=2", devices=8)
     np.testing.assert_array_equal(found["indices"], expected[0])
